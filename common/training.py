@@ -1,0 +1,387 @@
+"""What a long run needs: options, device, seeds, torchrun, EMA, atomic checkpoints with exact resume, progress, metrics.json.
+
+The order of a run is always: parse and check every option (`UsageError` -> one line, exit code 2), then `Run(...)` (device, folder,
+log), then the script's own flat loop over `run.steps(...)`, then `run.metrics(results)`.
+"""
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+import typing
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+class UsageError(Exception):
+    """Something the user can put right: one line that names the option, its value and what would be right."""
+
+
+def cli(main):
+    """Run `main()` as a program: `UsageError` -> one line on stderr and exit code 2; Ctrl-C outside a training loop -> 130."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------- options
+
+def option(default, help, **metadata):
+    """A dataclass field that is also a command-line flag; `choices=` restricts it. A default of None is filled from the presets."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(message)
+
+
+def _flag_type(annotation):
+    """The type of one value behind an annotation such as `int`, `int | None` or `tuple[int, ...]`."""
+    if arguments := [a for a in typing.get_args(annotation) if a not in (type(None), Ellipsis)]:
+        return _flag_type(arguments[0])
+    return annotation
+
+
+def parse_config(config_class, presets, description, argv=None):
+    """Command line -> `config_class(**flags)`; flags not given keep the dataclass default (or, for None, the data set's preset)."""
+    epilog = "Presets (a flag given on the command line wins):\n" + "\n".join(
+        f"  {dataset:11s}" + "  ".join(f"{k}={v}" for k, v in values.items()) for dataset, values in presets.items())
+    parser = _Parser(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        default = "by data set, see below" if field.default is None and any(field.name in p for p in presets.values()) else field.default
+        kind, meta = hints[field.name], field.metadata
+        how = {"help": f"{meta['help']} (default: {default})".replace("%", "%%"), "default": argparse.SUPPRESS}
+        if _flag_type(kind) is bool:
+            how["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
+        else:
+            how.update(type=_flag_type(kind), choices=meta.get("choices"), metavar=field.name.upper() if "choices" not in meta else None)
+            if tuple in map(typing.get_origin, (kind, *typing.get_args(kind))):
+                how["nargs"] = "+"
+        parser.add_argument("--" + field.name.replace("_", "-"), **how)
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()})
+
+
+def fill_from_presets(config, presets, smoke):
+    """Give every field that is still None the value of its data set's preset; under `config.smoke` the values of `smoke` come first."""
+    if config.dataset not in presets:
+        raise UsageError(f"--dataset {config.dataset}: unknown, choose one of {', '.join(presets)}")
+    values = {**presets[config.dataset], **(smoke if config.smoke else {})}
+    for name, value in values.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+
+
+def require(condition, option_name, value, right):
+    """Raise `UsageError` naming the option, the value and what would be right, unless `condition` holds."""
+    if not condition:
+        raise UsageError(f"--{option_name.replace('_', '-')} {value}: {right}")
+
+
+# ------------------------------------------------------------------------------------------------------- device and randomness
+
+def pick_device(name="auto"):
+    """'auto' | 'cpu' | 'cuda[:i]' | 'mps' -> (torch.device, one line that says what was taken and why).
+
+    Raises UsageError for a device this machine does not have. float32 convolutions and matmuls stay float32 (no TF32), as in EDM.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        why = "" if name == "cuda" else "no CUDA device found, "
+    else:
+        why = "as asked, "
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu") from None
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        half = torch.cuda.is_bf16_supported()
+        precision = "float32; networks train under bfloat16 autocast" if half else "float32: this GPU has no bfloat16"
+        return device, f"device {device} ({why}{torch.cuda.get_device_name(device)}), {precision}"
+    return device, f"device {device} ({why}{torch.get_num_threads()} threads), float32: bfloat16 measured slower than float32 on CPUs"
+
+
+def autocast(device):
+    """bfloat16 autocast where the GPU has it, nothing elsewhere."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def noise_from_seeds(seeds, shape, device="cpu"):
+    """Unit Gaussian noise (len(seeds), *shape), float64: image k depends on seeds[k] alone, whatever the batch, the device and the rank.
+
+    The draw itself is float32 on the CPU, one generator per image (as in EDM's generate.py).
+    """
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return torch.stack(rows).to(device, torch.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- torchrun
+
+def rank_and_world(device=None):
+    """(rank, number of ranks). Under torchrun the first call, which must give the device, joins the process group (nccl or gloo)."""
+    if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average_gradients(parameters):
+    """Replace every gradient by its mean over the ranks: one all-reduce of all of them, nothing on a single rank."""
+    if rank_and_world()[1] > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
+
+
+# --------------------------------------------------------------------------------------------------------------------------- EMA
+
+@torch.no_grad()
+def ema_update(ema, net, decay):
+    """ema <- decay * ema + (1 - decay) * net, for every parameter, in one fused call; buffers are copied."""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    for old, new in zip(ema.buffers(), net.buffers()):
+        old.copy_(new)
+
+
+def ema_decay(images_seen, batch_size, halflife, ramp=0.05):
+    """EDM's decay per step: a half-life in images that never exceeds `ramp` of the images seen so far (0 at the start)."""
+    return 0.5 ** (batch_size / max(min(halflife, images_seen * ramp), 1e-8))
+
+
+# ------------------------------------------------------------------------------------------------------------------------- files
+
+def cache_dir():
+    """Where trained teachers, classifiers, downloads and reference moments are kept: $FEWSTEP_CACHE or ~/.cache/fewstep."""
+    return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
+
+
+def atomic_write(path, write):
+    """Call `write(file)` on a temporary file beside `path`, then rename: a crash leaves the old file or the new one, never half."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save turns a full disk into a RuntimeError
+            raise
+        raise UsageError(f"cannot write {path} ({str(error).splitlines()[0]}); what was saved there before is kept") from error
+
+
+def save_json(path, value):
+    """Write `value` as indented JSON, atomically."""
+    atomic_write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def load_checkpoint(path):
+    """Read a checkpoint written by this project, tensors and plain values only (nothing in it is executed).
+
+    Raises UsageError when the file is missing, unreadable, or not ours.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError on a foreign file
+        raise UsageError(f"{path}: not a checkpoint of this project ({type(error).__name__})") from None
+    if not isinstance(state, dict) or "fewstep" not in state:
+        raise UsageError(f"{path}: not a checkpoint of this project (no 'fewstep' entry)")
+    return state
+
+
+def save_checkpoint(path, kind, state):
+    """Write `state` atomically, marked with its `kind` ('teacher', 'classifier', 'ld3', ...)."""
+    atomic_write(path, lambda file: torch.save({"fewstep": kind, **state}, file))
+
+
+def download(url, path, what, sha256=None):
+    """Fetch `url` to `path` unless it is there already; return the path. `sha256` is checked after every download.
+
+    Raises UsageError saying what was wanted, from where, and where to put it by hand.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            data = response.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, no such address, cut off half way
+        raise UsageError(f"{what}: could not download {url} ({error}); fetch it by hand and put it at {path}") from None
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise UsageError(f"{what}: {url} has SHA-256 {hashlib.sha256(data).hexdigest()}, expected {sha256}; nothing was saved")
+    atomic_write(path, lambda file: file.write(data))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------------------- run
+
+class Run:
+    """One run in one folder: device, log, checkpoints that resume exactly, progress, metrics.
+
+    `config` is the script's dataclass; it needs `dataset seed device out resume`. Raises UsageError when the folder cannot be
+    written, when --resume finds no checkpoint, or when the checkpoint was made with other options.
+    """
+
+    HOW = ("out", "resume", "device", "data_dir")  # options that may differ between a run and its continuation
+
+    def __init__(self, method, config, checkpoint_seconds=60):
+        self.method, self.config, self.checkpoint_seconds = method, config, checkpoint_seconds
+        self.out = Path(config.out or f"runs/{method}-{config.dataset}")
+        self.device, why = pick_device(config.device)
+        self.rank, self.world = rank_and_world(self.device)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with open(self.out / "log.jsonl", "a"):
+                pass
+        except OSError as error:
+            raise UsageError(f"--out {self.out}: cannot be written ({error.strerror}); choose another folder") from None
+        self.restored = self._restored() if config.resume else None
+        self.log_mode = "a" if config.resume else "w"  # a new run's first line replaces an old log, not sooner
+        self.earlier_seconds = self.restored["seconds"] if self.restored else 0.0
+        torch.manual_seed(config.seed)  # all draws come from the global generators; ranks share them and take their rows
+        self.start = time.perf_counter()
+        self.say(f"{method} on {config.dataset}: {why}, seed {config.seed}, out {self.out}")
+
+    def _options(self):
+        return {k: v for k, v in dataclasses.asdict(self.config).items() if k not in self.HOW}
+
+    def _restored(self):
+        state = load_checkpoint(self.out / "checkpoint.pt")
+        if state["fewstep"] != self.method:
+            raise UsageError(f"--resume: {self.out / 'checkpoint.pt'} belongs to {state['fewstep']}, not to {self.method}")
+        for name, value in self._options().items():
+            if state["config"].get(name) != value:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: the checkpoint to resume has {state['config'].get(name)}")
+        return state
+
+    def say(self, line):
+        """Print on rank 0, above any progress bar."""
+        if self.rank == 0:
+            tqdm.write(line, file=sys.stdout)
+
+    def seconds(self):
+        return self.earlier_seconds + time.perf_counter() - self.start
+
+    def save(self, step, parts):
+        """Write checkpoint.pt (rank 0): `step` steps are done; the state of every part, of the random generators, and the options."""
+        if self.rank == 0:
+            rng = {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if self.device.type == "cuda" else {})}
+            save_checkpoint(self.out / "checkpoint.pt", self.method,
+                            {"config": self._options(), "seconds": self.seconds(), "step": step, "rng": rng,
+                             "parts": {name: part.state_dict() for name, part in parts.items()}})
+
+    def restore(self, parts):
+        """The number of steps already done. Under --resume every part and the random generators get back their saved state."""
+        if not self.restored:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(self.restored["parts"][name])
+        torch.set_rng_state(self.restored["rng"]["cpu"])
+        if "cuda" in self.restored["rng"] and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.restored["rng"]["cuda"])
+        return self.restored["step"]
+
+    def log(self, **values):
+        """Append one line to log.jsonl (rank 0)."""
+        if self.rank == 0:
+            with open(self.out / "log.jsonl", self.log_mode) as file:
+                self.log_mode = "a"
+                file.write(json.dumps({"seconds": round(self.seconds(), 3), **values}) + "\n")
+
+    def steps(self, first, last, parts, what="training"):
+        """Yield first, ..., last - 1 behind a progress bar; `run.loss` (a tensor, set in the loop) is shown about once a second.
+
+        Between steps it saves `parts` (name -> anything with a state_dict) every `checkpoint_seconds`, and at the end. SIGINT or SIGTERM
+        lets the step finish, saves and exits with code 130. A loss that is not finite stops the run. The loss is read only when shown,
+        so the device never waits.
+        """
+        stop = []
+        handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=last, initial=first, desc=what, disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
+        self.loss, shown, saved = None, time.perf_counter(), time.perf_counter()
+        try:
+            for step in range(first, last):
+                yield step
+                bar.update()
+                stopping, now = bool(stop), time.perf_counter()
+                due = stopping or now - saved > self.checkpoint_seconds or step == last - 1
+                if self.loss is not None and (due or now - shown > 1 or step == first):  # looked at before every save
+                    loss, shown = self.loss.item(), now
+                    bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+                    self.log(step=step, what=what, loss=loss)
+                    if not math.isfinite(loss):
+                        raise UsageError(f"{what}: the loss is {loss} at step {step}; the last checkpoint is kept, try a smaller --lr")
+                if due:
+                    self.save(step + 1, parts)
+                    saved = now
+                if stopping:
+                    self.say(f"\nstopped after step {step + 1} of {last}; the same command with --resume goes on from here")
+                    sys.exit(130)
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def metrics(self, results, teacher, **more):
+        """Write metrics.json: what was run, on what, for how long, and the rows of `results`."""
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        name = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        if self.rank == 0:
+            save_json(self.out / "metrics.json", {
+                "method": self.method, "dataset": self.config.dataset, "teacher": teacher, "seed": self.config.seed,
+                "device": f"{self.device} ({name})", "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                                                                  "numpy": np.__version__},
+                "config": dataclasses.asdict(self.config), "seconds": round(self.seconds(), 2), "peak_memory_mb": round(peak, 1),
+                "results": results, **more})
+
+
+def table(results, columns):
+    """Rows of `results` as aligned text; a FID column is headed by its n and feature space, a cell that was not run reads 'not run'."""
+    heads = []
+    for column in columns:
+        first = next((r for r in results if r.get(column) is not None), {})
+        heads.append(f"fid [{first.get('fid_features')}, n={first.get('fid_n')}]" if column == "fid" else column)
+    cells = [["not run" if r.get(c) is None else f"{r[c]:.4g}" if isinstance(r[c], float) else str(r[c]) for c in columns] for r in results]
+    widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+                     for row in [heads, *cells])
