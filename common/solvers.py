@@ -1,0 +1,224 @@
+"""Seven ways to walk down a grid of noise levels, all with one signature:
+
+    solver(denoiser, x, sigmas, *, sigmas_net=None, order=..., callback=None) -> x at sigmas[-1]
+
+denoiser    D(x, sigma) -> x0_hat; wrap labels around it with functools.partial
+x           (B, ...), already scaled by sigmas[0]; the state is kept and returned in float64
+sigmas      (N+1,) strictly decreasing, may end in 0; N steps
+sigmas_net  (N+1,) noise levels *told to the network*; `sigmas` by default (LD3 decouples the two)
+order       the highest order used; the first steps of a multistep solver use what history there is
+callback    called as callback(i, x) with the state at sigmas[i], for i = 0 ... N
+
+Everything is differentiable in x, sigmas and sigmas_net. Network evaluations (nfe): N for euler, ipndm, dpmpp, deis and unipc;
+2N for heun and dpm2, 2N - 1 if the grid ends in 0 (their last step is then Euler's). Raises UsageError (a grid that does not
+decrease, an order that the solver does not offer) before the first evaluation.
+"""
+import numpy as np
+import torch
+
+from common.diffusion import check_grid
+from common.training import UsageError
+
+ORDERS = {"euler": (1,), "heun": (2,), "ipndm": (1, 2, 3, 4), "dpmpp": (1, 2, 3), "dpm2": (2,), "deis": (1, 2, 3), "unipc": (1, 2, 3)}
+TWO_EVALUATIONS = ("heun", "dpm2")  # network evaluations per step; one for the others
+
+
+def _start(name, order, x, sigmas, sigmas_net, callback):
+    """Check the arguments; return the float64 state, both grids on its device, and a callback that may be called."""
+    if order not in ORDERS[name]:
+        raise UsageError(f"--order {order}: {name} offers {', '.join(map(str, ORDERS[name]))}")
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device=x.device)
+    check_grid(sigmas, "sigmas")
+    sigmas_net = sigmas if sigmas_net is None else torch.as_tensor(sigmas_net, dtype=torch.float64, device=x.device)
+    if sigmas_net.shape != sigmas.shape or not (sigmas_net[sigmas > 0] > 0).all():
+        raise UsageError(f"sigmas_net: {tuple(sigmas_net.shape)} levels, {tuple(sigmas.shape)} are needed, above 0 where sigmas is")
+    x, callback = x.double(), callback or (lambda i, x: None)
+    callback(0, x)
+    return x, sigmas, sigmas_net, callback
+
+
+def _slope(denoiser, x, sigma):
+    """dx/dsigma = eps = (x - D(x, sigma)) / sigma."""
+    return (x - denoiser(x, sigma)) / sigma
+
+
+def euler(denoiser, x, sigmas, *, sigmas_net=None, order=1, callback=None):
+    """Euler's method in sigma, which is DDIM (Song et al. 2021; the equality is section 3.4 of DPM-Solver, arXiv 2206.00927)."""
+    x, s, net, callback = _start("euler", order, x, sigmas, sigmas_net, callback)
+    for i in range(len(s) - 1):
+        x = x + (s[i + 1] - s[i]) * _slope(denoiser, x, net[i])
+        callback(i + 1, x)
+    return x
+
+
+def heun(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
+    """Heun's method, EDM's sampler without churn (Karras et al. 2022, Alg. 1); a step to sigma = 0 is Euler's."""
+    x, s, net, callback = _start("heun", order, x, sigmas, sigmas_net, callback)
+    for i in range(len(s) - 1):
+        h = s[i + 1] - s[i]
+        slope = _slope(denoiser, x, net[i])
+        if s[i + 1] > 0:
+            slope = (slope + _slope(denoiser, x + h * slope, net[i + 1])) / 2
+        x = x + h * slope
+        callback(i + 1, x)
+    return x
+
+
+def dpm2(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
+    """DPM-Solver-2, singlestep (Lu et al. 2022, arXiv 2206.00927, Alg. 1, r1 = 1/2): the midpoint rule with the midpoint in lambda.
+
+    The inner level is the geometric mean of the two ends (of sigmas and of sigmas_net alike); a step to sigma = 0 is Euler's.
+    """
+    x, s, net, callback = _start("dpm2", order, x, sigmas, sigmas_net, callback)
+    for i in range(len(s) - 1):
+        slope = _slope(denoiser, x, net[i])
+        if s[i + 1] > 0:
+            middle = x + ((s[i] * s[i + 1]).sqrt() - s[i]) * slope
+            slope = _slope(denoiser, middle, (net[i] * net[i + 1]).sqrt())
+        x = x + (s[i + 1] - s[i]) * slope
+        callback(i + 1, x)
+    return x
+
+
+ADAMS_BASHFORTH = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
+def ipndm(denoiser, x, sigmas, *, sigmas_net=None, order=4, callback=None):
+    """iPNDM (Zhang & Chen 2022, arXiv 2204.13902): Adams-Bashforth in eps with the coefficients of a *uniform* grid on any grid."""
+    x, s, net, callback = _start("ipndm", order, x, sigmas, sigmas_net, callback)
+    slopes = []  # newest first
+    for i in range(len(s) - 1):
+        slopes = [_slope(denoiser, x, net[i]), *slopes[: order - 1]]
+        x = x + (s[i + 1] - s[i]) * sum(c * e for c, e in zip(ADAMS_BASHFORTH[len(slopes)], slopes))
+        callback(i + 1, x)
+    return x
+
+
+def vp_time(sigma, beta_min=0.1, beta_d=19.9):
+    """t of the linear-beta VP process at which its noise level (in EDM's variables) is sigma (EDM, Table 1, inverted)."""
+    return ((beta_min**2 + 2 * beta_d * torch.log1p(sigma**2)).sqrt() - beta_min) / beta_d
+
+
+_NODES, _WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(48))  # on [-1, 1]
+
+
+def deis(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
+    """tAB-DEIS (Zhang & Chen 2022, arXiv 2204.13902, Eq. 14-15): eps as a polynomial of degree `order` in VP time, integrated over sigma.
+
+    In our variables the semilinear part is gone and the weight of eps_j is the integral of the Lagrange polynomial l_j(t(sigma))
+    dsigma: Gauss-Legendre with 48 nodes a step. Degree 1 uses two evaluations, as AB2 does: `order` counts as in the paper's names.
+    """
+    x, s, net, callback = _start("deis", order, x, sigmas, sigmas_net, callback)
+    nodes, weights = _NODES.to(x.device), _WEIGHTS.to(x.device)
+    t = vp_time(s)
+    slopes, times = [], []  # newest first
+    for i in range(len(s) - 1):
+        slopes, times = [_slope(denoiser, x, net[i]), *slopes[:order]], [t[i], *times[:order]]
+        half = (s[i + 1] - s[i]) / 2
+        tau = vp_time((s[i] + s[i + 1]) / 2 + half * nodes)  # (48,)
+        for j, slope in enumerate(slopes):
+            lagrange = torch.ones_like(tau)
+            for k in range(len(slopes)):
+                if k != j:
+                    lagrange = lagrange * (tau - times[k]) / (times[j] - times[k])
+            x = x + half * (weights * lagrange).sum() * slope
+        callback(i + 1, x)
+    return x
+
+
+def dpmpp(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
+    """DPM-Solver++, multistep (Lu et al. 2022, arXiv 2211.01095): polynomials in lambda of x0; the order falls to 1 at the end.
+
+    Order 3 has half of the second-derivative term that Taylor's formula asks for, as in the paper's code, LD3's and diffusers': its
+    error is of second order, with a small constant. Kept, because every published "3M" number was made this way.
+    """
+    x, s, net, callback = _start("dpmpp", order, x, sigmas, sigmas_net, callback)
+    lam = -s[:-1].log()  # the last step is of order 1 and needs no lambda: at sigma = 0 its gradient would be NaN
+    x0s = []  # newest first
+    n = len(s) - 1
+    for i in range(n):
+        x0s = [denoiser(x, net[i]), *x0s[: order - 1]]
+        k = min(len(x0s), n - i)
+        phi1 = s[i + 1] / s[i] - 1  # expm1(-h), finite even when the step ends at sigma = 0
+        update = -phi1 * x0s[0]
+        if k > 1:
+            h, h1 = lam[i + 1] - lam[i], lam[i] - lam[i - 1]
+            d1 = (x0s[0] - x0s[1]) * h / h1
+            if k == 2:
+                update = update - phi1 / 2 * d1
+            else:
+                h2 = lam[i - 1] - lam[i - 2]
+                d1_old = (x0s[1] - x0s[2]) * h / h2
+                d2 = (d1 - d1_old) * h / (h1 + h2)
+                d1 = d1 + (d1 - d1_old) * h1 / (h1 + h2)
+                phi2 = phi1 / h + 1
+                update = update + phi2 * d1 - (phi2 / h - 0.5) * d2
+        x = s[i + 1] / s[i] * x + update
+        callback(i + 1, x)
+    return x
+
+
+def _unipc_weights(r, hh, variant):
+    """(weights times B(h)) of the differences D_j: solves R rho = b with R_ij = r_j^(i-1) (UniPC, Eq. 8); r holds k ratios."""
+    k = len(r)
+    big_b = hh if variant == "bh1" else torch.expm1(hh)
+    phi, factorial, b = torch.expm1(hh) / hh - 1, 1, []
+    for i in range(1, k + 1):
+        b.append(phi * factorial / big_b)
+        factorial *= i + 1
+        phi = phi / hh - 1 / factorial
+    r = torch.stack(r)
+    vandermonde = torch.stack([r**i for i in range(k)])
+    return big_b * torch.linalg.solve(vandermonde, torch.stack(b))
+
+
+def unipc(denoiser, x, sigmas, *, sigmas_net=None, order=3, variant="bh1", callback=None):
+    """UniPC (Zhao et al. 2023, arXiv 2302.04867), multistep, x0-prediction: predictor UniP-k, then the corrector UniC-k, which re-uses
+    the evaluation that the next step needs anyway. The order falls to 1 at the end and the last step is not corrected: N evaluations.
+
+    As in the authors' code, a predictor of order 2 and a corrector of order 1 use the weight 1/2. Theirs detaches the ratios r from
+    the gradient; here it flows through all coefficients.
+    """
+    x, s, net, callback = _start("unipc", order, x, sigmas, sigmas_net, callback)
+    if variant not in ("bh1", "bh2"):
+        raise UsageError(f"unipc variant {variant}: choose bh1 or bh2")
+    lam = -s[:-1].log()  # as in dpmpp
+    n = len(s) - 1
+    x0s = [denoiser(x, net[0])]  # newest first
+    for i in range(n):
+        k = min(i + 1, order, n - i)
+        phi1 = s[i + 1] / s[i] - 1  # expm1(hh), finite even when the step ends at sigma = 0
+        base = s[i + 1] / s[i] * x - phi1 * x0s[0]
+        hh = lam[i] - lam[min(i + 1, n - 1)]  # not used in the last step
+        r = [(lam[i - j] - lam[i]) / -hh for j in range(1, k)]
+        d = [(x0s[j] - x0s[0]) / r[j - 1] for j in range(1, k)]
+        half = (hh if variant == "bh1" else torch.expm1(hh)) / 2
+        weights = [] if k == 1 else [half] if k == 2 else _unipc_weights(r, hh, variant)
+        x = base - sum(w * v for w, v in zip(weights, d))
+        if i + 1 < n:
+            x0_new = denoiser(x, net[i + 1])
+            weights = [half] if k == 1 else _unipc_weights([*r, torch.ones_like(hh)], hh, variant)
+            x = base - sum(w * v for w, v in zip(weights, [*d, x0_new - x0s[0]]))
+            x0s = [x0_new, *x0s[: order - 1]]
+        callback(i + 1, x)
+    return x
+
+
+SOLVERS = {f.__name__: f for f in (euler, heun, ipndm, dpmpp, dpm2, deis, unipc)}
+
+
+def steps_for(solver, nfe, ends_in_zero=False):
+    """The number of steps that the solver named `solver` takes with exactly `nfe` network evaluations.
+
+    Raises UsageError for an unknown solver, nfe < 1, or a count that a two-evaluation solver cannot hit.
+    """
+    if solver not in SOLVERS:
+        raise UsageError(f"--solver {solver}: unknown, choose one of {', '.join(SOLVERS)}")
+    if nfe < 1:
+        raise UsageError(f"--nfe {nfe}: at least 1 network evaluation is needed")
+    if solver not in TWO_EVALUATIONS:
+        return nfe
+    if (nfe + ends_in_zero) % 2:
+        raise UsageError(f"--nfe {nfe}: {solver} takes two evaluations a step{', one in the last' if ends_in_zero else ''}; "
+                         f"choose {f'{nfe - 1} or ' if nfe > 1 else ''}{nfe + 1}")
+    return (nfe + ends_in_zero) // 2
