@@ -1,0 +1,168 @@
+"""common/classifier.py: it classifies, its gradients are right, and what is cached is what was asked for."""
+import pytest
+import torch
+from PIL import Image
+
+from common import classifier
+from common.classifier import Classifier, accuracy, load_classifier, random_shift, read_classifier, save_classifier, train_classifier
+from common.datasets import ASSETS, Dataset, load_dataset, to_float
+from common.training import UsageError, load_checkpoint, save_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Nets this small lose a hundredfold to waiting threads when something else runs on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def shipped():
+    return load_classifier("digits", "cpu")
+
+
+def test_the_shipped_classifier_reads_digits_it_never_saw(shipped):
+    share = accuracy(shipped, load_dataset("digits", "test"))
+    assert share >= 0.975
+    assert share == load_checkpoint(ASSETS / "digits-classifier.pt")["accuracy"]  # fp16 on disk changed nothing
+    assert (ASSETS / "digits-classifier.pt").stat().st_size < 300_000
+    assert not shipped.training and not any(p.requires_grad for p in shipped.parameters())
+
+
+def test_accuracy_counts_over_all_batches():
+    data = load_dataset("digits")
+    data.images, data.labels = data.images[:1200], torch.arange(1200) % 3  # three batches
+
+    def constant(x):
+        return None, torch.tensor([0.0, 1.0, 0.0]).expand(len(x), 3)
+    assert accuracy(constant, data) == pytest.approx(1 / 3)
+
+
+def test_features_are_the_averaged_last_map_and_feed_the_logits(shipped):
+    x = to_float(load_dataset("digits").images[:7])
+    features, logits = shipped(x)
+    maps = shipped.feature_maps(x)
+    assert [tuple(m.shape) for m in maps] == [(7, 16, 8, 8), (7, 32, 4, 4), (7, 64, 2, 2)]
+    torch.testing.assert_close(features, maps[-1].flatten(2).sum(2) / 4)
+    torch.testing.assert_close(logits, features @ shipped.head.weight.T + shipped.head.bias)
+    torch.testing.assert_close(shipped.stages[2](shipped.stages[1](maps[0])), maps[2])
+    assert [m.shape[-1] for m in Classifier(28, 1, 10).feature_maps(torch.zeros(1, 1, 28, 28))] == [14, 7, 4]
+
+
+def test_its_features_span_their_space(shipped):
+    features = shipped(to_float(load_dataset("digits").images))[0].double()
+    assert torch.linalg.eigvalsh(features.T.cov()).min() > 1e-4  # 64 dimensions: a covariance of full rank
+
+
+def test_images_do_not_influence_each_other(shipped):
+    x = to_float(load_dataset("digits").images[:8])
+    torch.testing.assert_close(shipped(x)[0][3:4], shipped(x[3:4])[0])
+
+
+def test_the_gradient_with_respect_to_the_image_is_right(shipped):
+    net = shipped.double()
+    generator = torch.Generator().manual_seed(0)
+    x, direction = torch.randn(2, 2, 1, 8, 8, dtype=torch.float64, generator=generator)
+    weights = torch.randn(2, 64, dtype=torch.float64, generator=generator)
+    for score in (lambda x: (net(x)[0] * weights).sum(), lambda x: net(x)[1].log_softmax(1)[:, 3].sum()):
+        gradient, = torch.autograd.grad(score(x.requires_grad_()), x)
+        with torch.no_grad():
+            slope = (score(x + 1e-5 * direction) - score(x - 1e-5 * direction)) / 2e-5
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-8)
+
+
+def test_images_of_another_shape_are_refused(shipped):
+    for shape in ((2, 1, 28, 28), (2, 3, 8, 8)):
+        with pytest.raises(ValueError, match="classifier of"):
+            shipped(torch.zeros(shape))
+
+
+def test_shifts_move_every_image_its_own_way():
+    image = torch.arange(1.0, 31).reshape(1, 2, 3, 5)  # two channels, not square
+    shifted = random_shift(image.expand(400, 2, 3, 5), 1, torch.Generator().manual_seed(0))
+    padded = torch.full((2, 5, 7), -1.0)
+    padded[:, 1:4, 1:6] = image[0]
+    windows = torch.stack([padded[:, i:i + 3, j:j + 5] for i in range(3) for j in range(3)])  # all nine that there are
+    match = (shifted[:, None] == windows).flatten(2).all(2)  # (400, 9)
+    assert (match.sum(1) == 1).all() and (match.sum(0) > 25).all()  # 44 of each expected
+
+
+def test_training_is_deterministic_and_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    a, share = train_classifier("digits", seed=1, steps=4)
+    first = torch.rand(1)
+    (b, share_b), (c, _) = (train_classifier("digits", seed=seed, steps=4) for seed in (1, 2))
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+    assert share == share_b and all(torch.equal(a.state_dict()[k], v) for k, v in b.state_dict().items())
+    assert not torch.equal(a.head.weight, c.head.weight)
+
+
+def test_training_teaches(capsys):
+    net, share = train_classifier("digits", steps=60)
+    assert share > 0.85 and share == accuracy(net, load_dataset("digits", "test"))
+    assert f"{100 * share:.2f} % of 297 held-out images" in capsys.readouterr().out
+
+
+def test_a_file_gives_back_the_same_net(tmp_path):
+    net, share = train_classifier("digits", steps=3)
+    save_classifier(tmp_path / "net.pt", net, share)
+    again = read_classifier(tmp_path / "net.pt", "cpu")
+    x = to_float(load_dataset("digits").images[:5])
+    assert all(torch.equal(a, b) for a, b in zip(net(x), again(x)))
+    save_checkpoint(tmp_path / "other.pt", "teacher", {})
+    with pytest.raises(UsageError, match="teacher, not a classifier"):
+        read_classifier(tmp_path / "other.pt", "cpu")
+
+
+def test_a_classifier_is_trained_once_per_seed_length_and_folder(tmp_path, monkeypatch):
+    trained = []
+
+    def train(name, seed, device, data_dir, steps):
+        trained.append((name, seed, data_dir, steps))
+        return Classifier(8, 1, len(trained), width=2).eval(), 0.5
+    monkeypatch.setattr(classifier, "train_classifier", train)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / "a.png")
+    wanted = [("digits", 1, None, None), ("digits", 1, None, 7), *(("folder", 0, tmp_path / name, None) for name in ("one", "two"))]
+    for _ in range(2):
+        nets = [load_classifier(name, "cpu", seed, data_dir, steps) for name, seed, data_dir, steps in wanted]
+        assert [net.head.out_features for net in nets] == [1, 2, 3, 4] and not any(net.training for net in nets)
+    assert trained == wanted
+    load_classifier("digits", "cpu")  # shipped
+    assert trained == wanted
+
+
+def test_images_without_labels_are_turned(tmp_path):
+    images = torch.randint(0, 256, (3, 1, 6, 6), dtype=torch.uint8)
+    data = classifier._with_labels(Dataset("folder", images, torch.zeros(3, dtype=torch.int64), 0, "all"))
+    assert data.num_classes == 4 and len(data.images) == len(data.labels) == 12
+    for image, label, i in zip(data.images, data.labels.tolist(), [0, 1, 2] * 4):
+        assert torch.equal(image.rot90(-label, (1, 2)), images[i])
+    labelled = load_dataset("digits")
+    assert classifier._with_labels(labelled) is labelled and len(labelled.images) == 1500
+
+
+def test_the_command_trains_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(classifier.RECIPES, "folder", {"width": 4, "steps": 2})
+    for name, level in (("a/0.png", 0), ("b/1.png", 255)):
+        (tmp_path / "set" / name).parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (level, level, level)).save(tmp_path / "set" / name)
+    argv = ["--dataset", "folder", "--data-dir", str(tmp_path / "set"), "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["classifier", *argv, "--out", str(tmp_path / "net.pt")])
+    classifier.main()
+    assert read_classifier(tmp_path / "net.pt", "cpu").arch == {"img_resolution": 8, "img_channels": 3, "num_classes": 2, "width": 4}
+    assert "of 2 training images" in capsys.readouterr().out  # this folder has no test part, and the line says so
+    monkeypatch.setattr("sys.argv", ["classifier", *argv])
+    classifier.main()
+    assert list((tmp_path / "cache").glob("folder-*-classifier-seed0.pt"))

@@ -1,0 +1,260 @@
+"""common/fid.py: the distance is the distance, the features are those of the FID network, the images those of their seeds."""
+import numpy as np
+import pytest
+import torch
+from scipy import linalg
+from torch import nn
+
+from common import fid
+from common.classifier import Classifier
+from common.datasets import load_dataset, to_float, to_uint8
+from common.fid import Inception, Moments, feature_extractor, fid_of_images, frechet_distance, generate, load_moments, reference_moments
+from common.training import UsageError, noise_from_seeds
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def random_moments(seed, dim=12, n=40):
+    x = np.random.default_rng(seed).normal(size=(n, dim)) @ np.random.default_rng(seed + 1).normal(size=(dim, dim))
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the distance
+
+def test_distance_is_that_of_the_formula():
+    (mu1, cov1), (mu2, cov2) = random_moments(0), random_moments(5)
+    expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * linalg.sqrtm(cov1 @ cov2).real)
+    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-10)
+    tensors = [torch.from_numpy(a) for a in (mu2, cov2, mu1, cov1)]  # and symmetric, whatever the type
+    assert frechet_distance(*tensors) == pytest.approx(expected, rel=1e-10)
+
+
+def test_distance_is_that_of_pytorch_fid():
+    score = pytest.importorskip("pytorch_fid.fid_score")
+    (mu1, cov1), (mu2, cov2) = random_moments(2), random_moments(8)
+    try:
+        expected = score.calculate_frechet_distance(mu1, cov1, mu2, cov2)
+    except TypeError:
+        pytest.skip("this pytorch-fid calls scipy's sqrtm with an argument that this scipy no longer has")
+    assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-8)
+
+
+def test_distance_of_commuting_gaussians_is_elementary():
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
+    a, b = np.array([4.0, 1, 0, 9, 0.25, 0]), np.array([1.0, 1, 4, 0, 2.25, 0])  # both singular
+    mu1, mu2 = np.arange(6.0), np.ones(6)
+    expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert frechet_distance(mu1, basis * a @ basis.T, mu2, basis * b @ basis.T) == pytest.approx(expected, abs=1e-6)
+    assert frechet_distance(mu1, np.zeros((6, 6)), mu2, np.zeros((6, 6))) == pytest.approx(((mu1 - mu2) ** 2).sum())
+
+
+def test_distance_to_itself_is_zero():
+    for n in (40, 5):  # 5 images in 12 dimensions: singular
+        mu, cov = random_moments(3, n=n)
+        assert 0 <= frechet_distance(mu, cov, mu, cov) < 1e-5
+        assert frechet_distance(mu, cov, mu + 1, cov) == pytest.approx(12, abs=1e-5)
+
+
+def test_moments_that_do_not_fit_are_refused():
+    mu, cov = random_moments(0)
+    for wrong in ((mu[:-1], cov[:-1, :-1]), (mu, cov[:-1]), (mu[:-1], cov)):
+        with pytest.raises(ValueError, match="do not fit"):
+            frechet_distance(mu, cov, *wrong)
+
+
+@pytest.mark.parametrize("sizes", [[50], [1] * 50, [7, 1, 30, 12]])
+def test_moments_are_those_of_numpy_however_they_arrive(sizes):
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 3, 4, 5]) + 1000  # far from 0
+    moments = Moments(5)
+    for part in x.split(sizes):
+        moments.add(part)
+    mu, cov = moments.mean_cov()
+    assert moments.n == 50 and mu.dtype == cov.dtype == torch.float64
+    np.testing.assert_allclose(mu, x.double().mean(0), rtol=1e-13)
+    np.testing.assert_allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=1e-10, atol=1e-10)
+
+
+def test_one_image_has_no_covariance():
+    moments = Moments(2)
+    moments.add(torch.ones(1, 2))
+    with pytest.raises(ValueError, match="1 images"):
+        moments.mean_cov()
+
+
+# ------------------------------------------------------------------------------------------------------------ feature extractors
+
+@pytest.fixture(scope="module")
+def random_inception():
+    """Weights for the Inception of the FID under which no layer dies out."""
+    from torchvision.models import inception_v3
+    net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    generator = torch.Generator().manual_seed(0)
+    weights = net.state_dict()
+    for name, w in weights.items():
+        if w.dim() == 4:
+            weights[name] = torch.randn(w.shape, generator=generator) * (2 / w[0].numel()) ** 0.5
+        elif name.endswith("bn.bias"):
+            weights[name] = 0.3 * torch.randn(w.shape, generator=generator)
+    return weights
+
+
+def test_inception_gives_the_features_of_pytorch_fid(random_inception, monkeypatch):
+    theirs = pytest.importorskip("pytorch_fid.inception")
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *args, **kwargs: random_inception)
+    images = torch.randint(0, 256, (2, 3, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs.InceptionV3().eval()(images / 255)[0][..., 0, 0]  # (2, 2048)
+        features = Inception(random_inception)(images)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
+    assert expected.std(0).mean() > 1e-3 * expected.std()  # the images can be told apart
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Stand-ins for what is large: Inception and the training of a CIFAR-10 classifier."""
+    class Small(nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+            self.scale = nn.Parameter(weights["scale"])
+
+        def forward(self, images):
+            return images.double().mean((2, 3)) * self.scale
+    torch.manual_seed(0)
+    net = Classifier(32, 3, 10, 2).eval().requires_grad_(False)
+    monkeypatch.setattr(fid, "Inception", Small)
+    monkeypatch.setattr(fid, "load_classifier", lambda *args, **kwargs: net)
+    return net
+
+
+def test_digits_are_seen_by_their_classifier():
+    extractor, images = feature_extractor("digits", "cpu"), load_dataset("digits").images[:9]
+    assert extractor.name == "digits-classifier" and extractor.dim == 64
+    features = extractor(images)
+    assert features.shape == (9, 64) and features.dtype == torch.float32 and not features.requires_grad
+    torch.testing.assert_close(features, fid.load_classifier("digits", "cpu")(to_float(images))[0])
+
+
+def test_given_inception_weights_are_used(tmp_path, small):
+    torch.save({"scale": torch.full((3,), 2.0)}, tmp_path / "weights.pth")
+    torch.save({"scale": torch.full((3,), 3.0)}, tmp_path / "others.pth")
+    extractor, other = (feature_extractor("cifar10", "cpu", tmp_path / f"{name}.pth") for name in ("weights", "others"))
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    torch.testing.assert_close(extractor(images), 2 * images.float().mean((2, 3)))
+    assert not extractor(images).requires_grad
+    assert extractor.name == other.name == "inception" and extractor.digest != other.digest
+    (tmp_path / "weights.pth").write_text("")
+    with pytest.raises(UsageError, match="--inception .*weights.pth.*not readable"):
+        feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
+    with pytest.raises(UsageError, match="--inception .*colour images only"):
+        feature_extractor("digits", "cpu", tmp_path / "weights.pth")
+
+
+def test_without_inception_the_classifier_stands_in_and_says_so(small, monkeypatch, capsys, cache):
+    def fail(url, path, what, sha256=None):
+        raise UsageError(f"could not download {url}; put it at {path}")
+    monkeypatch.setattr(fid, "download", fail)
+    extractor = feature_extractor("cifar10", "cpu")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and fid.INCEPTION_URL in printed and str(cache / fid.INCEPTION_FILE) in printed
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(extractor(images), small(to_float(images))[0])
+    assert extractor.name == f"cifar10-classifier-{extractor.digest[:6]}"  # trained on this machine: not the next one's
+    small.head.bias += 1
+    assert feature_extractor("cifar10", "cpu").digest != extractor.digest
+
+
+def test_a_damaged_inception_file_is_not_used(small, cache, capsys):
+    cache.mkdir()
+    (cache / fid.INCEPTION_FILE).write_bytes(b"half of it")
+    assert feature_extractor("cifar10", "cpu").name.startswith("cifar10-classifier")
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_the_downloaded_inception_file_is_checked_and_used(small, monkeypatch, cache):
+    monkeypatch.setattr(fid, "download", lambda url, path, what: torch.save({"scale": torch.ones(3)}, path))
+    digests = iter(["6726825d" + "0" * 56, "0" * 64])
+    monkeypatch.setattr(fid, "_digest", lambda net: "net")
+    monkeypatch.setattr(fid.hashlib, "sha256", lambda data: type("Hash", (), {"hexdigest": lambda self: next(digests)})())
+    assert feature_extractor("cifar10", "cpu").name == "inception"
+    assert feature_extractor("cifar10", "cpu").name.startswith("cifar10-classifier")  # the second digest is wrong
+
+
+# --------------------------------------------------------------------------------------------------------- references and scores
+
+def test_reference_moments_are_kept_per_split_and_features(monkeypatch, cache, capsys):
+    extractor = feature_extractor("digits", "cpu")
+    mu, cov, n = reference_moments("digits", extractor)
+    features = extractor(load_dataset("digits").images).double().numpy()
+    np.testing.assert_allclose(mu, features.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(cov, np.cov(features, rowvar=False), rtol=1e-4, atol=1e-5)
+    assert n == 1500 and reference_moments("digits", extractor, split="test")[2] == 297
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "load_dataset", None)
+        again = reference_moments("digits", extractor)  # from the cache
+        assert np.array_equal(again[0], mu) and np.array_equal(again[1], cov) and again[2] == 1500
+        extractor.digest = "other"
+        with pytest.raises(TypeError):
+            reference_moments("digits", extractor)
+    extractor.digest = feature_extractor("digits", "cpu").digest
+    file, = cache.glob("moments-digits-train-digits-classifier-*.npz")
+    np.testing.assert_array_equal(load_moments(file)[1], cov)
+    file.write_bytes(file.read_bytes()[:1000])
+    assert np.array_equal(reference_moments("digits", extractor)[0], mu) and "damaged" in capsys.readouterr().out
+
+
+def test_moments_of_edm_are_read(tmp_path):
+    mu, cov = random_moments(0)
+    np.savez(tmp_path / "ref.npz", mu=mu, sigma=cov)
+    found = load_moments(tmp_path / "ref.npz")
+    assert np.array_equal(found[0], mu) and np.array_equal(found[1], cov)
+    np.savez(tmp_path / "wrong.npz", mu=mu)
+    for name in ("wrong.npz", "none.npz"):
+        with pytest.raises(UsageError, match=f"{name}.*`mu` and `sigma`"):
+            load_moments(tmp_path / name)
+
+
+def test_an_image_belongs_to_its_seed_whatever_the_batch():
+    seen = []
+
+    def sampler(noise, labels):
+        assert noise.dtype == torch.float64
+        seen.append(len(noise))
+        return 0.4 * noise + labels[:, None, None, None]
+    seeds = [5, 3, 1000, 7, 0]
+    images = [generate(sampler, seeds, (1, 4, 4), "cpu", batch_size, label_dim=3) for batch_size in (1, 2, 256)]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2]) and seen == [1] * 5 + [2, 2, 1] + [5]
+    for image, seed in zip(images[0], seeds):
+        alone = 0.4 * torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)).double() + seed % 3
+        assert torch.equal(image, alone.float())
+    assert not torch.equal(images[0][1], images[0][4])
+    assert torch.equal(generate(sampler, range(2), (1, 4, 4), "cpu", label_dim=3)[0], images[0][4])
+    assert fid.labels_for(range(12), 10, "cpu").tolist() == [*range(10), 0, 1] and fid.labels_for([1], 0, "cpu") is None
+
+
+def test_sampling_keeps_no_graph_and_refuses_what_is_not_finite():
+    scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    third = noise_from_seeds([3], (1, 2, 2))[:, :1, :1, :1]
+
+    def sampler(noise, labels):
+        x0 = scale * noise
+        assert not x0.requires_grad and labels is None
+        return x0 / (noise[:, :1, :1, :1] - third)
+    generate(sampler, [1, 2], (1, 2, 2), "cpu")
+    with pytest.raises(UsageError, match="cfd.*not finite, images 2 to 3"):
+        generate(sampler, [1, 2, 3, 4], (1, 2, 2), "cpu", batch_size=2, what="cfd")
+
+
+def test_fid_of_images_falls_as_they_get_better():
+    extractor = feature_extractor("digits", "cpu")
+    reference = reference_moments("digits", extractor)
+    x = to_float(load_dataset("digits").images)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    scores = [fid_of_images(to_uint8(x + level * noise), extractor, reference) for level in (0, 0.1, 0.3, 1)]
+    assert scores[0] < 1e-4 and scores == sorted(scores) and scores[1] > 0.1 and scores[3] > 10
+    features = extractor(to_uint8(x + 0.3 * noise)).double().numpy()
+    expected = frechet_distance(features.mean(0), np.cov(features, rowvar=False), *reference[:2])
+    assert scores[2] == pytest.approx(expected, rel=1e-4)
