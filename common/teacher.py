@@ -1,0 +1,202 @@
+"""Teachers: EDM denoisers (Karras et al. 2022, arXiv 2206.00364), shipped, or trained here and cached.
+
+    python -m common.teacher --dataset digits                  # 2 CPU cores
+    python -m common.teacher --dataset mnist                   # one GPU
+    python -m common.teacher --dataset folder --data-dir DIR   # any folder of square images
+
+Loss: E || D(x0 + sigma noise, sigma) - x0 ||^2 (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, log sigma ~ N(-1.2, 1.2^2) (Eq. 2,
+Table 1). Not EDM's: the learning rate falls linearly to 0 (theirs stays constant; a decay suits short runs), no augmentation.
+"""
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common import unet
+from common.datasets import DATASETS, Stream, fingerprint, load_dataset, to_uint8
+from common.diffusion import Denoiser, expand, sigma_grid
+from common.fid import feature_extractor, fid_of_images, generate, reference_moments
+from common.plots import save_rows
+from common.solvers import heun
+from common.training import (Run, UsageError, autocast, average_gradients, cache_dir, cli, ema_decay, ema_update, fill_from_presets,
+                             load_checkpoint, option, parse_config, require, save_checkpoint, table)
+
+ARCHS = {"ddpmpp": unet.ddpmpp, "ncsnpp": unet.ncsnpp, "adm": unet.adm}
+SHIPPED = {"digits": Path(__file__).parent / "assets" / "digits-teacher.pt"}
+
+
+# --------------------------------------------------------------------------------------------------------------- reading and writing
+
+def save_teacher(path, denoiser, arch, kwargs, dataset, half=False):
+    """Write a teacher that `load_teacher` reads: the constructor's arguments and the weights, in float16 if `half`."""
+    weights = {k: v.half() if half and v.is_floating_point() else v for k, v in denoiser.state_dict().items()}
+    save_checkpoint(path, "teacher", {"arch": arch, "kwargs": kwargs, "sigma_data": denoiser.sigma_data, "dataset": dataset,
+                                      "weights": weights})
+
+
+def read_teacher(path):
+    """A file written by `save_teacher` -> Denoiser on the CPU. Raises UsageError if it is anything else."""
+    state = load_checkpoint(path)
+    if state["fewstep"] != "teacher":
+        raise UsageError(f"--teacher {path}: this is a {state['fewstep']} checkpoint, not a teacher")
+    denoiser = Denoiser(ARCHS[state["arch"]](**state["kwargs"]), state["sigma_data"])
+    denoiser.load_state_dict(state["weights"])
+    return denoiser
+
+
+def teacher_path(dataset, data_dir=None):
+    """Where the teacher trained here on `dataset` is cached; a folder's teacher carries the folder's name and path."""
+    return cache_dir() / f"{dataset}{fingerprint(dataset, data_dir)}-teacher.pt"
+
+
+def load_teacher(spec, dataset, device, data_dir=None):
+    """One call gives a teacher: a frozen `Denoiser` on `device`, in eval mode.
+
+    spec: None (the shipped teacher of `dataset`, or the one trained and cached here) | path to a checkpoint of `common.teacher`.
+    Raises UsageError when there is none, saying how to make it.
+    """
+    if spec is not None:
+        path = Path(spec)
+    else:
+        path = SHIPPED.get(dataset, teacher_path(dataset, data_dir))
+        if not path.exists():
+            where = f" --data-dir {data_dir}" if data_dir else ""
+            raise UsageError(f"--teacher: no teacher for {dataset} yet (looked for {path}); train one with "
+                             f"`python -m common.teacher --dataset {dataset}{where}`, or give --teacher PATH")
+    denoiser = read_teacher(path).to(device, memory_format=torch.channels_last)
+    return denoiser.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- training
+
+@dataclass
+class Config:
+    dataset: str = option("digits", "what to train on", choices=DATASETS)
+    data_dir: str | None = option(None, "folder (or zip) with the data; needed for --dataset folder and imagenet64")
+    arch: str | None = option(None, "network: a setting of common.unet", choices=tuple(ARCHS))
+    model_channels: int | None = option(None, "width of the network")
+    channel_mult: tuple[int, ...] | None = option(None, "width per resolution, in multiples of --model-channels")
+    num_blocks: int | None = option(None, "residual blocks per resolution")
+    attn_resolutions: tuple[int, ...] | None = option(None, "resolutions with self-attention")
+    dropout: float | None = option(None, "dropout (EDM: 0.13 on CIFAR-10)")
+    conditional: bool = option(False, "condition on the class labels")
+    flip: bool | None = option(None, "random horizontal flips")
+    steps: int | None = option(None, "optimizer steps")
+    batch_size: int | None = option(None, "images per step, over all ranks")
+    lr: float | None = option(None, "Adam's learning rate at its highest (EDM: 1e-3 on CIFAR-10)")
+    warmup: int | None = option(None, "steps of linear warm-up")
+    ema_images: float | None = option(None, "half-life of the EMA in images (EDM: 5e5), at most 0.05 of the images seen")
+    half: bool = option(False, "store the weights in float16")
+    save: str | None = option(None, "where the teacher goes (default: the cache, where the methods find it)")
+    fid_n: int | None = option(None, "images for the FID at the end")
+    seed: int = option(0, "seed of initialization, data order and noise")
+    out: str | None = option(None, "folder for log, checkpoint, samples and metrics (default runs/teacher-DATASET)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    resume: bool = option(False, "go on from the checkpoint in --out")
+    smoke: bool = option(False, "the whole path in seconds")
+
+    def __post_init__(self):
+        fill_from_presets(self, PRESETS, SMOKE)
+        for name in ("steps", "batch_size", "lr", "fid_n", "model_channels", "num_blocks"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+
+
+# CIFAR-10 and ImageNet-64: EDM's table of hyper-parameters (Karras et al. 2022, appendix F.2); the rest was chosen here.
+_CIFAR10 = dict(arch="ddpmpp", model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13, flip=True,
+                steps=400_000, batch_size=512, lr=1e-3, warmup=20_000, ema_images=5e5, fid_n=50_000)
+PRESETS = {
+    "digits": dict(arch="ddpmpp", model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.05, flip=False,
+                   steps=8_000, batch_size=128, lr=2e-3, warmup=200, ema_images=5e4, fid_n=2048),
+    "mnist": dict(arch="ddpmpp", model_channels=32, channel_mult=(2, 2, 2), num_blocks=2, attn_resolutions=(14,), dropout=0.1, flip=False,
+                  steps=50_000, batch_size=256, lr=1e-3, warmup=1000, ema_images=5e5, fid_n=10_000),
+    "cifar10": _CIFAR10,
+    "imagenet64": dict(arch="adm", model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1,
+                       flip=False, steps=610_000, batch_size=4096, lr=1e-4, warmup=2500, ema_images=5e7, fid_n=50_000),
+    "folder": _CIFAR10,
+}
+SMOKE = dict(steps=3, batch_size=8, fid_n=16, warmup=1)
+
+
+def edm_loss(denoiser, x0, noise, sigma, labels=None):
+    """EDM's loss (Eq. 2 with Table 1's weight), averaged over batch and pixels. x0, noise (B, C, H, W); sigma (B,)."""
+    s = expand(sigma, x0)
+    weight = (s**2 + denoiser.sigma_data**2) / (s * denoiser.sigma_data) ** 2
+    return (weight * (denoiser(x0 + s * noise, sigma, labels) - x0).square()).mean()
+
+
+def train(config):
+    """Train, cache and measure a teacher; return its path and the row of metrics.json."""
+    run = Run("teacher", config)
+    data = load_dataset(config.dataset, "train", config.data_dir, run.device)
+    require(config.batch_size % run.world == 0, "batch_size", config.batch_size, f"must be a multiple of the {run.world} ranks")
+    per_rank = config.batch_size // run.world
+    mine = slice(run.rank * per_rank, (run.rank + 1) * per_rank)  # this rank's rows of what is drawn for all
+    kwargs = dict(img_resolution=data.resolution, img_channels=data.channels, label_dim=data.num_classes if config.conditional else 0,
+                  model_channels=config.model_channels, channel_mult=list(config.channel_mult), num_blocks=config.num_blocks,
+                  attn_resolutions=list(config.attn_resolutions), dropout=config.dropout)
+    try:
+        net = ARCHS[config.arch](**kwargs)
+    except ValueError as error:
+        raise UsageError(f"--dataset {config.dataset} with --arch {config.arch}: {error}") from None
+    denoiser = Denoiser(net).to(run.device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
+    stream = Stream(data, per_rank, config.seed, config.flip, run.rank, run.world)
+    run.say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(data.images):,} images")
+
+    parts = {"net": denoiser, "ema": ema, "optimizer": optimizer, "stream": stream}
+    first = run.restore(parts)
+    for step in run.steps(first, config.steps, parts):
+        lr = config.lr * min((step + 1) / config.warmup, 1 - step / config.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        x0, labels = stream.next()
+        sigma = torch.randn(config.batch_size, device=run.device)[mine].mul(1.2).sub(1.2).exp()  # (B,)
+        noise = torch.randn(config.batch_size, *x0.shape[1:], device=run.device)[mine]
+        with autocast(run.device):
+            run.loss = edm_loss(denoiser, x0, noise, sigma, labels if config.conditional else None)
+        optimizer.zero_grad()
+        run.loss.backward()
+        average_gradients(denoiser.parameters())
+        optimizer.step()
+        ema_update(ema, denoiser, ema_decay(step * config.batch_size, config.batch_size, config.ema_images))
+
+    path = Path(config.save or teacher_path(config.dataset, config.data_dir))
+    if run.rank == 0:
+        save_teacher(path, ema, config.arch, kwargs, config.dataset, config.half)
+        run.say(f"teacher saved to {path}")
+    return path, run
+
+
+def evaluate(config, path, run):
+    """EDM's own sampler, Heun with 18 steps (35 evaluations), against the training images: one row, and a picture."""
+    denoiser = load_teacher(path, config.dataset, run.device)
+    extractor = feature_extractor(config.dataset, run.device, data_dir=config.data_dir)
+    reference = reference_moments(config.dataset, extractor, config.data_dir)
+    sigmas = torch.cat([sigma_grid("edm", 17), torch.zeros(1, dtype=torch.float64)])
+    net = denoiser.net
+
+    def sampler(noise, labels):
+        return heun(partial(denoiser, labels=labels), sigmas[0].item() * noise, sigmas)
+
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    images = to_uint8(generate(sampler, range(config.fid_n), shape, run.device, label_dim=net.label_dim))
+    rows = {f"{16 * i}-{16 * i + 15}": images[16 * i:16 * (i + 1)] for i in range(min(8, len(images) // 16))}
+    save_rows(run.out / "samples.png", rows)
+    return [{"name": "teacher", "nfe": 35, "fid": fid_of_images(images, extractor, reference), "fid_features": extractor.name,
+             "fid_n": config.fid_n}]
+
+
+def main():
+    config = parse_config(Config, PRESETS, __doc__)
+    path, run = train(config)
+    if run.rank == 0:
+        results = evaluate(config, path, run)
+        run.metrics(results, teacher=str(path))
+        run.say(table(results, ["name", "nfe", "fid"]))
+
+
+if __name__ == "__main__":
+    cli(main)
