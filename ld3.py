@@ -75,7 +75,7 @@ class Config:
     lr_latent: float | None = option(None, "rate of the latents, SGD, divided by N (official: 12)")
     radius: float | None = option(None, "radius of the ball (default, official: 0.001 H W C / N^2)")
     checkpoint: bool = option(False, "recompute each solver step in the backward pass: memory does not grow with --nfe")
-    schedule: str | None = option(None, "start from a schedule.json written by an earlier run")
+    schedule: str | None = option(None, "start from this schedule.json instead of a hand-made grid")
     eval_n: int | None = option(None, "held-out seeds for RMSE and FID")
     eval_batch: int | None = option(None, "images per batch while sampling")
     inception: str | None = option(None, "FID weights of Inception (default: the cache, else a download, else the data set's classifier)")
@@ -106,8 +106,9 @@ class Config:
 _OFFICIAL = dict(steps=175, theta1_steps=50, train_n=50, valid_n=50, batch_size=2, lr1=5e-3, lr2=0.1, lr_latent=12.0, eval_n=50_000,
                  eval_batch=256)
 PRESETS = {
-    "digits": {**_OFFICIAL, "distance": "l2", "train_n": 100, "batch_size": 10, "eval_n": 1024},
-    "mnist": {**_OFFICIAL, "distance": "l2", "eval_n": 10_000},
+    # Small images are cheap, so more latents a step; the mean square has a far smaller gradient than LPIPS, so theta2 needs a higher rate.
+    "digits": {**_OFFICIAL, "distance": "l2", "train_n": 100, "batch_size": 10, "lr2": 2.0, "eval_n": 1024},
+    "mnist": {**_OFFICIAL, "distance": "l2", "lr2": 2.0, "eval_n": 10_000},
     "cifar10": _OFFICIAL,
     "imagenet64": {**_OFFICIAL, "eval_batch": 128},
     "folder": {**_OFFICIAL, "eval_n": 10_000},
@@ -151,17 +152,12 @@ class TimeGrid(nn.Module):
         return ((-levels).exp(), (-told).exp()) if self.mode == "lambda" else (levels, told)
 
     @torch.no_grad()
-    def set_to(self, sigmas, sigmas_net=None):
+    def set_to(self, sigmas, sigmas_net):
         """Take over a given grid: theta1 = log of its gaps (the softmax's inverse up to a constant), theta2 = the shifts."""
-        sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
-        levels = -sigmas.log() if self.mode == "lambda" else sigmas
+        levels, told = (-sigmas.log(), -sigmas_net.log()) if self.mode == "lambda" else (sigmas, sigmas_net)
         logits = levels.diff().abs().log()
-        logits = (logits if self.mode == "lambda" else logits.flip(0)) - logits.mean() + 1
-        self.theta1.copy_(torch.cat([torch.ones(1, dtype=torch.float64), logits]))  # the first logit cancels in u
-        if sigmas_net is not None:
-            sigmas_net = torch.as_tensor(sigmas_net, dtype=torch.float64)
-            self.theta2.copy_((-sigmas_net.log() if self.mode == "lambda" else sigmas_net) - levels)
-        return self
+        self.theta1[1:] = (logits if self.mode == "lambda" else logits.flip(0)) - logits.mean() + 1  # theta1[0] cancels in u
+        self.theta2.copy_(told - levels)
 
 
 def distillation_loss(solver, denoiser, x, target, sigmas, sigmas_net, distance):
@@ -193,7 +189,7 @@ def make_distance(config, device):
                              f"{torch.hub.get_dir()}/checkpoints, or choose l2, l1 or features") from None
         rgb = lambda x: x.float().expand(-1, 3, -1, -1)
         return lambda x, y: vgg(rgb(x), rgb(y)).flatten()
-    classifier = load_classifier(config.dataset, device, data_dir=config.data_dir)
+    classifier = load_classifier(config.dataset, device, data_dir=config.data_dir, steps=5 if config.smoke else None)
 
     def features(x, y):
         """As LPIPS without its learned weights: activations of every stage, normalised over channels, compared pixel by pixel."""
@@ -250,16 +246,19 @@ def train(config, run=None, teacher=None):
     """Learn the grid; return (sigmas, sigmas_net), each (n+1,) float64. With config.steps = 0: where it would start from."""
     run = run or Run("ld3", config)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    start = read_schedule(config) if config.schedule else (sigma_grid(config.init, config.n, config.sigma_min, config.sigma_max), None)
+    start = read_schedule(config) if config.schedule else 2 * (sigma_grid(config.init, config.n, config.sigma_min, config.sigma_max),)
     if config.steps == 0:
-        return start[0], start[0] if start[1] is None else start[1]
-    grid = TimeGrid(config.n, config.sigma_min, config.sigma_max, config.mode).set_to(*start)
+        return start
+    grid = TimeGrid(config.n, config.sigma_min, config.sigma_max, config.mode)
+    grid.set_to(start[0], start[1] if config.times == "decoupled" else start[0])
     shape = (teacher.net.img_channels, teacher.net.img_resolution, teacher.net.img_resolution)
     solver, distance = make_solver(config.solver, config.order, config.variant), make_distance(config, run.device)
     radius = 0.001 * shape[0] * shape[1] * shape[2] / config.n**2 if config.radius is None else config.radius
+    run.say(f"{config.solver} of order {config.order}, {config.nfe} evaluations, distance {config.distance}, "
+            f"{config.objective} objective (radius {radius:.3g}), {config.times} times, start {config.schedule or config.init}")
 
     # Noise from seeds that the evaluation (0, 1, 2, ...) does not use, and the teacher's samples from that noise.
-    seeds = torch.arange(config.train_n + config.valid_n) + 10**9 * (config.seed + 1)
+    seeds = torch.arange(config.train_n + config.valid_n) + 10**6 * (config.seed + 1)
     origin = noise_from_seeds(seeds, shape, run.device)  # (train_n + valid_n, C, H, W), unit variance
     labels = labels_for(seeds, teacher.net.label_dim, run.device)
     target = torch.cat([teacher_samples(config, teacher, origin[i], None if labels is None else labels[i])
@@ -315,8 +314,8 @@ def train(config, run=None, teacher=None):
                 progress.bad = 0
                 progress.load_best(grid)
                 progress.floor_hits += optimizer2.param_groups[0]["lr"] <= 1e-6
-                for optimizer, floor in ((optimizer1, 5e-5), (optimizer2, 1e-6)):
-                    optimizer.param_groups[0]["lr"] = max(0.8 * optimizer.param_groups[0]["lr"], floor)
+                for (group,), floor in ((optimizer1.param_groups, 5e-5), (optimizer2.param_groups, 1e-6)):
+                    group["lr"] = min(group["lr"], max(0.8 * group["lr"], floor))
             if progress.floor_hits == 5:
                 break
     progress.load_best(grid)
@@ -358,7 +357,7 @@ def evaluate(config, run, teacher, sigmas, sigmas_net):
 
     rmse_to_teacher: root mean square over images and pixels in [-1, 1], against the teacher solver's samples.
     """
-    extractor = feature_extractor(config.dataset, run.device, config.inception, config.data_dir)
+    extractor = feature_extractor(config.dataset, run.device, config.inception, config.data_dir, steps=5 if config.smoke else None)
     reference = reference_moments(config.dataset, extractor, config.data_dir)
     shape = (teacher.net.img_channels, teacher.net.img_resolution, teacher.net.img_resolution)
     solver = make_solver(config.solver, config.order, config.variant)

@@ -164,7 +164,8 @@ def _folder(name, split, data_dir):
     except (FileNotFoundError, KeyError):  # no such file, or none in the zip
         classes = sorted({b.split("/")[0] if "/" in b else "" for b in below.values()})
         classes = [] if len(classes) < 2 or "" in classes else classes
-        label_of = {n: classes.index(b.split("/")[0]) for n, b in below.items()} if classes else {}
+        number = {c: i for i, c in enumerate(classes)}
+        label_of = {n: number[b.split("/")[0]] for n, b in below.items()} if classes else {}
     except (ValueError, TypeError) as error:
         raise UsageError(f'--data-dir {data_dir}: dataset.json is not {{"labels": [[file, class number], ...]}} ({error})') from None
     if classes and (unknown := [n for n in names if n not in label_of]):

@@ -141,7 +141,7 @@ def feature_extractor(dataset_name, device, inception=None, data_dir=None, steps
         raise UsageError(f"--inception {inception}: Inception sees colour images only, and {dataset_name} is grey; leave it out")
     net = load_classifier(dataset_name, device, data_dir=data_dir, steps=steps)
     digest = _digest(net)
-    name = f"{dataset_name}-classifier" + ("" if dataset_name == "digits" and steps is None else f"-{digest[:6]}")
+    name = f"{dataset_name}-classifier" + ("" if dataset_name == "digits" else f"-{digest[:6]}")
     return FeatureExtractor(name, digest, net.head.in_features, device, lambda images: net(to_float(images))[0])
 
 

@@ -158,26 +158,23 @@ def dpmpp(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
     return x
 
 
-def _unipc_weights(r, hh, variant):
-    """(weights times B(h)) of the differences D_j: solves R rho = b with R_ij = r_j^(i-1) (UniPC, Eq. 8); r holds k ratios."""
-    k = len(r)
-    big_b = hh if variant == "bh1" else torch.expm1(hh)
+def _unipc_weights(r, hh):
+    """Weights of the k differences D_j: B(h) times the solution rho of R rho = b, R_ij = r_j^(i-1) (UniPC, Eq. 8). B(h) cancels."""
     phi, factorial, b = torch.expm1(hh) / hh - 1, 1, []
-    for i in range(1, k + 1):
-        b.append(phi * factorial / big_b)
+    for i in range(1, len(r) + 1):
+        b.append(phi * factorial)
         factorial *= i + 1
         phi = phi / hh - 1 / factorial
     r = torch.stack(r)
-    vandermonde = torch.stack([r**i for i in range(k)])
-    return big_b * torch.linalg.solve(vandermonde, torch.stack(b))
+    return torch.linalg.solve(torch.stack([r**i for i in range(len(r))]), torch.stack(b))
 
 
 def unipc(denoiser, x, sigmas, *, sigmas_net=None, order=3, variant="bh1", callback=None):
     """UniPC (Zhao et al. 2023, arXiv 2302.04867), multistep, x0-prediction: predictor UniP-k, then the corrector UniC-k, which re-uses
     the evaluation that the next step needs anyway. The order falls to 1 at the end and the last step is not corrected: N evaluations.
 
-    As in the authors' code, a predictor of order 2 and a corrector of order 1 use the weight 1/2. Theirs detaches the ratios r from
-    the gradient; here it flows through all coefficients.
+    As in the authors' code, a predictor of order 2 and a corrector of order 1 use rho = 1/2 instead of the solution: only there does
+    the variant, B(h) = h or e^h - 1, make a difference. LD3's code detaches the ratios r; here gradients flow through all coefficients.
     """
     x, s, net, callback = _start("unipc", order, x, sigmas, sigmas_net, callback)
     if variant not in ("bh1", "bh2"):
@@ -193,11 +190,11 @@ def unipc(denoiser, x, sigmas, *, sigmas_net=None, order=3, variant="bh1", callb
         r = [(lam[i - j] - lam[i]) / -hh for j in range(1, k)]
         d = [(x0s[j] - x0s[0]) / r[j - 1] for j in range(1, k)]
         half = (hh if variant == "bh1" else torch.expm1(hh)) / 2
-        weights = [] if k == 1 else [half] if k == 2 else _unipc_weights(r, hh, variant)
+        weights = [] if k == 1 else [half] if k == 2 else _unipc_weights(r, hh)
         x = base - sum(w * v for w, v in zip(weights, d))
         if i + 1 < n:
             x0_new = denoiser(x, net[i + 1])
-            weights = [half] if k == 1 else _unipc_weights([*r, torch.ones_like(hh)], hh, variant)
+            weights = [half] if k == 1 else _unipc_weights([*r, torch.ones_like(hh)], hh)
             x = base - sum(w * v for w, v in zip(weights, [*d, x0_new - x0s[0]]))
             x0s = [x0_new, *x0s[: order - 1]]
         callback(i + 1, x)

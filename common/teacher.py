@@ -173,7 +173,7 @@ def train(config):
 def evaluate(config, path, run):
     """EDM's own sampler, Heun with 18 steps (35 evaluations), against the training images: one row, and a picture."""
     denoiser = load_teacher(path, config.dataset, run.device)
-    extractor = feature_extractor(config.dataset, run.device, data_dir=config.data_dir)
+    extractor = feature_extractor(config.dataset, run.device, data_dir=config.data_dir, steps=5 if config.smoke else None)
     reference = reference_moments(config.dataset, extractor, config.data_dir)
     sigmas = torch.cat([sigma_grid("edm", 17), torch.zeros(1, dtype=torch.float64)])
     net = denoiser.net

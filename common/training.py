@@ -139,7 +139,7 @@ def autocast(device):
 def noise_from_seeds(seeds, shape, device="cpu"):
     """Unit Gaussian noise (len(seeds), *shape), float64: image k depends on seeds[k] alone, whatever the batch, the device and the rank.
 
-    The draw itself is float32 on the CPU, one generator per image (as in EDM's generate.py).
+    The draw itself is float32 on the CPU, one generator per image (as in EDM's generate.py). Seeds count modulo 2^32.
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
     return torch.stack(rows).to(device, torch.float64)
