@@ -1,0 +1,84 @@
+"""Timings and memory, as ratios measured side by side; never part of a test's pass or fail.
+
+    python tests/bench.py          # about two minutes on 2 CPU cores; on a GPU the first table is measured there
+"""
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.diffusion import sigma_grid  # noqa: E402
+from common.solvers import SOLVERS, steps_for  # noqa: E402
+from common.teacher import load_teacher  # noqa: E402
+from common.training import noise_from_seeds, pick_device  # noqa: E402
+
+
+def seconds(function, repeats=8):
+    """Median time of a call; the first is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def precision_and_layout(device):
+    """One training step's forward and backward pass of the digits teacher, batch 128."""
+    x = noise_from_seeds(range(128), (1, 8, 8), device).float()
+    times = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        teacher = load_teacher(None, "digits", device).to(memory_format=layout).requires_grad_(True)
+        for dtype in (torch.float32, torch.bfloat16):
+            def step(teacher=teacher, dtype=dtype):
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    teacher(x, 1.0).square().mean().backward()
+            times[f"{str(dtype)[6:]}, {str(layout)[6:]}"] = seconds(step)
+    first = next(iter(times.values()))
+    print(f"forward + backward, digits teacher, batch 128, {device} ({torch.get_num_threads()} threads)")
+    for name, value in times.items():
+        print(f"  {name:30s} {1000 * value:8.1f} ms   {value / first:5.2f}x")
+
+
+def solver_overhead(device):
+    """A solver's own arithmetic beside its network evaluations: 10 evaluations on a grid against 10 bare calls."""
+    teacher, x = load_teacher(None, "digits", device), 80 * noise_from_seeds(range(128), (1, 8, 8), device)
+    with torch.no_grad():
+        bare = seconds(lambda: [teacher(x, 1.0) for _ in range(10)], 4)
+        print("10 network evaluations, batch 128: a solver's time over that of bare calls")
+        for name, solver in SOLVERS.items():
+            sigmas = sigma_grid("edm", steps_for(name, 10))
+            print(f"  {name:30s} {seconds(lambda solver=solver, sigmas=sigmas: solver(teacher, x, sigmas), 4) / bare:5.2f}x")
+
+
+def ld3_memory():
+    """Peak memory of a few LD3 updates (batch 128, CPU), each in its own process."""
+    print("peak memory of LD3 above that of loading everything, batch 128, CPU")
+    program = ("import resource, sys, torch, ld3\n"
+               "c = ld3.Config(nfe=int(sys.argv[1]), checkpoint=sys.argv[2] == '1', solver='dpmpp', train_n=128, valid_n=1, batch_size=128,"
+               "steps=int(sys.argv[3]), device='cpu', out=sys.argv[4])\n"
+               "ld3.train(c)\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+    for checkpoint in "01":
+        for nfe in "4", "8", "16":
+            peak = [float(subprocess.run([sys.executable, "-c", program, nfe, checkpoint, steps, "/tmp/fewstep-bench"], cwd=ROOT,
+                                         check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout.split()[-1])
+                    for steps in ("0", "2")]
+            print(f"  {'--checkpoint' if checkpoint == '1' else 'plain':14s} nfe {nfe:>2s}: {peak[1] - peak[0]:6.0f} MiB")
+
+
+if __name__ == "__main__":
+    device, why = pick_device()
+    print(why)
+    precision_and_layout(device)
+    solver_overhead(device)
+    ld3_memory()
+    print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
