@@ -67,12 +67,13 @@ def ld3_memory():
                "c = ld3.Config(nfe=int(sys.argv[1]), checkpoint=sys.argv[2] == '1', solver='dpmpp', train_n=128, valid_n=1, batch_size=128,"
                "steps=int(sys.argv[3]), device='cpu', out=sys.argv[4])\n"
                "ld3.train(c)\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for checkpoint in "01":
         for nfe in "4", "8", "16":
-            peak = [float(subprocess.run([sys.executable, "-c", program, nfe, checkpoint, steps, "/tmp/fewstep-bench"], cwd=ROOT,
-                                         check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout.split()[-1])
-                    for steps in ("0", "2")]
-            print(f"  {'--checkpoint' if checkpoint == '1' else 'plain':14s} nfe {nfe:>2s}: {peak[1] - peak[0]:6.0f} MiB")
+            commands = ([sys.executable, "-c", program, nfe, checkpoint, steps, "/tmp/fewstep-bench"] for steps in ("0", "2"))
+            outputs = (subprocess.run(c, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout for c in commands)
+            before, peak = (float(output.split()[-1]) for output in outputs)
+            print(f"  {'--checkpoint' if checkpoint == '1' else 'plain':14s} nfe {nfe:>2s}: {peak - before:6.0f} MiB")
 
 
 if __name__ == "__main__":

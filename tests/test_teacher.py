@@ -127,19 +127,19 @@ def test_shipped_teacher_makes_digits():
 @pytest.mark.slow
 def test_command_line_trains_evaluates_and_survives_a_signal(tmp_path):
     """The documented command: SIGINT leaves a checkpoint, --resume finishes, and equals a run that was left alone."""
-    command = [sys.executable, "-m", "common.teacher", "--device", "cpu", "--steps", "40", "--batch-size", "16", "--model-channels", "8",
+    command = [sys.executable, "-m", "common.teacher", "--device", "cpu", "--steps", "300", "--batch-size", "16", "--model-channels", "8",
                "--fid-n", "32"]
     environment = {**os.environ, "FEWSTEP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     cut = [*command, "--out", str(tmp_path / "cut"), "--save", str(tmp_path / "cut.pt")]
     process = subprocess.Popen(cut, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     for line in iter(lambda: process.stderr.read(80), ""):
-        if "/40" in line and " 0/40" not in line:
+        if "/300" in line and " 0/300" not in line:
             process.send_signal(2)
             break
     process.stderr.read()
     assert process.wait() == 130
     step = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"]
-    assert 0 < step < 40
+    assert 0 < step < 300
     subprocess.run([*cut, "--resume"], cwd=ROOT, env=environment, check=True)
     whole = [*command, "--out", str(tmp_path / "whole"), "--save", str(tmp_path / "whole.pt")]
     subprocess.run(whole, cwd=ROOT, env=environment, check=True)
