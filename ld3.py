@@ -36,8 +36,8 @@ from torch.utils.checkpoint import checkpoint
 
 from common.classifier import load_classifier
 from common.datasets import DATASETS, to_uint8
-from common.diffusion import GRIDS, check_grid, sigma_grid
-from common.fid import feature_extractor, fid_of_images, generate, labels_for, reference_moments
+from common.diffusion import GRIDS, check_grid, sigma_grid, with_labels
+from common.fid import feature_extractor, fid_of_images, generate, labels_for, load_moments, reference_moments
 from common.plots import save_rows, save_sigma_grids
 from common.solvers import ORDERS, SOLVERS, steps_for
 from common.teacher import load_teacher
@@ -79,6 +79,7 @@ class Config:
     eval_n: int | None = option(None, "held-out seeds for RMSE and FID")
     eval_batch: int | None = option(None, "images per batch while sampling")
     inception: str | None = option(None, "FID weights of Inception (default: the cache, else a download, else the data set's classifier)")
+    reference: str | None = option(None, "moments to compare with, an .npz like EDM's (default: made of the training images)")
     seed: int = option(0, "seed of the training latents and their order")
     out: str | None = option(None, "folder of the run (default: runs/ld3-DATASET)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -229,10 +230,6 @@ def make_solver(name, order, variant="bh1"):
     return partial(SOLVERS[name], order=order, **({"variant": variant} if name == "unipc" else {}))
 
 
-def with_labels(denoiser, labels):
-    return denoiser if labels is None else partial(denoiser, labels=labels)
-
-
 def teacher_samples(config, teacher, noise, labels=None):
     """Psi_teacher: unit noise (B, C, H, W) -> the accurate solution of the same ODE."""
     n = steps_for(config.teacher_solver, config.teacher_nfe)
@@ -352,13 +349,20 @@ def read_schedule(config):
     return sigmas, sigmas_net
 
 
-def evaluate(config, run, teacher, sigmas, sigmas_net):
+def make_judge(config, run):
+    """(feature extractor, moments of the real images): what FID needs."""
+    extractor = feature_extractor(config.dataset, run.device, config.inception, config.data_dir, steps=5 if config.smoke else None)
+    if config.reference:
+        return extractor, load_moments(config.reference, extractor)
+    return extractor, reference_moments(config.dataset, extractor, config.data_dir)
+
+
+def evaluate(config, run, teacher, judge, sigmas, sigmas_net):
     """Teacher, hand-made grids and LD3 from the same held-out noise (seeds 0 ... eval_n - 1): rows for metrics.json, and pictures.
 
     rmse_to_teacher: root mean square over images and pixels in [-1, 1], against the teacher solver's samples.
     """
-    extractor = feature_extractor(config.dataset, run.device, config.inception, config.data_dir, steps=5 if config.smoke else None)
-    reference = reference_moments(config.dataset, extractor, config.data_dir)
+    extractor, reference = judge
     shape = (teacher.net.img_channels, teacher.net.img_resolution, teacher.net.img_resolution)
     solver = make_solver(config.solver, config.order, config.variant)
     hand_made = ("uniform", "quadratic", "logsnr", "edm")
@@ -392,11 +396,12 @@ def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("ld3", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
+    judge = make_judge(config, run)  # before training: data that cannot be had must not cost a training
     sigmas, sigmas_net = train(config, run, teacher)
     if config.steps:
         write_schedule(run.out / "schedule.json", config, sigmas, sigmas_net)
     with torch.no_grad():
-        results = evaluate(config, run, teacher, sigmas, sigmas_net)
+        results = evaluate(config, run, teacher, judge, sigmas, sigmas_net)
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)")
     run.say(table(results, ["name", "nfe", "rmse_to_teacher", "fid"]))
     run.say(f"{run.seconds():.0f} s; results in {run.out}: metrics.json, samples.png, grids.png" + ", schedule.json" * bool(config.steps))

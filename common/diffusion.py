@@ -6,6 +6,7 @@ The papers' own letters are one substitution away:
     half-logSNR     lambda = -log sigma
 """
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -45,6 +46,11 @@ class Denoiser(nn.Module):
         c_noise = (sigma.log() / 4).flatten().expand(len(z))  # (B,)
         f = self.model(c_in * z, c_noise, labels, augment_labels)  # (B, C, H, W)
         return (c_skip * z + c_out * f.to(dtype)).to(x.dtype)
+
+
+def with_labels(denoiser, labels):
+    """The denoiser as a function of (x, sigma) alone, with labels (B,) filled in; as it is if they are None."""
+    return denoiser if labels is None else partial(denoiser, labels=labels)
 
 
 # -------------------------------------------------------------------------------------------------------------------- time grids

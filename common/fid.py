@@ -177,13 +177,19 @@ def reference_moments(dataset_name, extractor, data_dir=None, split="train", dev
     return mu, cov, moments.n
 
 
-def load_moments(path):
-    """mu (D,), cov (D, D) of an .npz with `mu` and `sigma`, as EDM's fid-refs (theirs are of NVIDIA's Inception: close, not the same)."""
+def load_moments(path, extractor):
+    """mu (D,), cov (D, D) of an .npz with `mu` and `sigma`, as EDM's fid-refs (theirs are of NVIDIA's Inception: close, not the same).
+
+    Raises UsageError if it is none, or of another number of features than `extractor`'s.
+    """
     try:
         with np.load(path) as file:
-            return file["mu"], file["sigma"]
+            mu, cov = file["mu"], file["sigma"]
     except Exception as error:  # as above
-        raise UsageError(f"{path}: no reference moments, an .npz with `mu` and `sigma` ({type(error).__name__})") from None
+        raise UsageError(f"--reference {path}: not an .npz with `mu` and `sigma` ({type(error).__name__})") from None
+    if cov.shape != (extractor.dim, extractor.dim):
+        raise UsageError(f"--reference {path}: moments of {len(mu)} features, {extractor.name} has {extractor.dim}")
+    return mu, cov
 
 
 def labels_for(seeds, label_dim, device):

@@ -9,14 +9,13 @@ Table 1). Not EDM's: the learning rate falls linearly to 0 (theirs stays constan
 """
 import copy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from common import unet
 from common.datasets import DATASETS, Stream, fingerprint, load_dataset, to_uint8
-from common.diffusion import Denoiser, expand, sigma_grid
+from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.fid import feature_extractor, fid_of_images, generate, reference_moments
 from common.plots import save_rows
 from common.solvers import heun
@@ -179,7 +178,7 @@ def evaluate(config, path, run):
     net = denoiser.net
 
     def sampler(noise, labels):
-        return heun(partial(denoiser, labels=labels), sigmas[0].item() * noise, sigmas)
+        return heun(with_labels(denoiser, labels), sigmas[0].item() * noise, sigmas)
 
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     images = to_uint8(generate(sampler, range(config.fid_n), shape, run.device, label_dim=net.label_dim))

@@ -1,4 +1,6 @@
 """common/fid.py: the distance is the distance, the features are those of the FID network, the images those of their seeds."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -201,7 +203,7 @@ def test_reference_moments_are_kept_per_split_and_features(monkeypatch, cache, c
             reference_moments("digits", extractor)
     extractor.digest = feature_extractor("digits", "cpu").digest
     file, = cache.glob("moments-digits-train-digits-classifier-*.npz")
-    np.testing.assert_array_equal(load_moments(file)[1], cov)
+    np.testing.assert_array_equal(load_moments(file, extractor)[1], cov)
     file.write_bytes(file.read_bytes()[:1000])
     assert np.array_equal(reference_moments("digits", extractor)[0], mu) and "damaged" in capsys.readouterr().out
 
@@ -209,12 +211,16 @@ def test_reference_moments_are_kept_per_split_and_features(monkeypatch, cache, c
 def test_moments_of_edm_are_read(tmp_path):
     mu, cov = random_moments(0)
     np.savez(tmp_path / "ref.npz", mu=mu, sigma=cov)
-    found = load_moments(tmp_path / "ref.npz")
+    extractor = SimpleNamespace(dim=len(mu), name="some-features")
+    found = load_moments(tmp_path / "ref.npz", extractor)
     assert np.array_equal(found[0], mu) and np.array_equal(found[1], cov)
     np.savez(tmp_path / "wrong.npz", mu=mu)
     for name in ("wrong.npz", "none.npz"):
         with pytest.raises(UsageError, match=f"{name}.*`mu` and `sigma`"):
-            load_moments(tmp_path / name)
+            load_moments(tmp_path / name, extractor)
+    extractor.dim += 1
+    with pytest.raises(UsageError, match=f"ref.npz.* {len(mu)} features, some-features has {len(mu) + 1}"):
+        load_moments(tmp_path / "ref.npz", extractor)
 
 
 def test_an_image_belongs_to_its_seed_whatever_the_batch():

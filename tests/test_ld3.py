@@ -275,6 +275,7 @@ def test_schedule_is_what_diffusers_takes(tmp_path):
     (["--device", "cuda:9"], ["--device cuda:9"]),
     (["--dataset", "folder"], ["--data-dir"]),
     (["--steps", "-1"], ["--steps -1"]),
+    (["--reference", "nowhere.npz"], ["--reference nowhere.npz"]),
 ])
 def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
     foreign, rising, good = tmp_path / "foreign.pt", tmp_path / "rising.json", tmp_path / "good.json"
