@@ -389,7 +389,7 @@ def evaluate(config, run, teacher, judge, sigmas, sigmas_net):
     rows += [{"name": "ld3", "nfe": config.nfe}] if "ld3" not in grids else []
     save_rows(run.out / "samples.png", {k: v for k, v in samples.items() if k in ("teacher", best, "ld3")})
     save_sigma_grids(run.out / "grids.png", grids, f"{config.dataset}, {config.solver} of order {config.order}, {config.nfe} evaluations")
-    return [*rows, teacher_row]
+    return [*rows, {**teacher_row, "rmse_to_teacher": 0.0}]
 
 
 def main():

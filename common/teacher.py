@@ -88,7 +88,7 @@ class Config:
     warmup: int | None = option(None, "steps of linear warm-up")
     ema_images: float | None = option(None, "half-life of the EMA in images (EDM: 5e5), at most 0.05 of the images seen")
     half: bool = option(False, "store the weights in float16")
-    save: str | None = option(None, "where the teacher goes (default: the cache, where the methods find it)")
+    save: str | None = option(None, "where the teacher goes (default: the cache, where the methods find it; --smoke: --out)")
     fid_n: int | None = option(None, "images for the FID at the end")
     seed: int = option(0, "seed of initialization, data order and noise")
     out: str | None = option(None, "folder for log, checkpoint, samples and metrics (default runs/teacher-DATASET)")
@@ -162,7 +162,7 @@ def train(config):
         optimizer.step()
         ema_update(ema, denoiser, ema_decay(step * config.batch_size, config.batch_size, config.ema_images))
 
-    path = Path(config.save or teacher_path(config.dataset, config.data_dir))
+    path = Path(config.save or (run.out / "teacher.pt" if config.smoke else teacher_path(config.dataset, config.data_dir)))
     if run.rank == 0:
         save_teacher(path, ema, config.arch, kwargs, config.dataset, config.half)
         run.say(f"teacher saved to {path}")

@@ -73,7 +73,8 @@ def parse_config(config_class, presets, description, argv=None):
     for field in dataclasses.fields(config_class):
         default = "by data set, see below" if field.default is None and any(field.name in p for p in presets.values()) else field.default
         kind, meta = hints[field.name], field.metadata
-        how = {"help": f"{meta['help']} (default: {default})".replace("%", "%%"), "default": argparse.SUPPRESS}
+        said = meta["help"] if "(default" in meta["help"] else f"{meta['help']} (default: {default})"
+        how = {"help": said.replace("%", "%%"), "default": argparse.SUPPRESS}
         if _flag_type(kind) is bool:
             how["action"] = "store_true" if field.default is False else argparse.BooleanOptionalAction
         else:
