@@ -76,6 +76,25 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("            optimizer2.step()\n", "            pass\n"),
         ("vars(self).update(state)", "pass"),
     ],
+    ("dode.py", "test_dode"): [
+        ("lambdas.append(across / length if", "lambdas.append(-across / length if"),
+        ('gain * (slope - state["output"])', 'gain * (state["output"] - slope)'),
+        ("slope, gain = slopes[0], stage.weights[0]\n", "slope, gain = slopes[0], h\n"),
+        ("slope, gain = sum(w / h * slope for w, slope in zip(stage.weights, slopes)), h", "slope, gain = slopes[0], h"),
+        ('ours["x"] = ours["x"] + lambdas[-1] * delta', "pass"),
+        ('start = state["start"] if stage.second else x', "start = x"),
+        ('*state["slopes"][:3]]', '*state["slopes"][:2]]'),
+        ("[(k + 1) * scale for k", "[k * scale + 1 for k"),
+        ("scale * len(student) - 1", "scale * len(student)"),
+        ("targets += [len(levels) - 1] * count", "targets += [len(levels) - count] * count"),
+        ('"ddim" if solver in TWO_EVALUATIONS else solver, levels', "solver, levels"),
+        ("10**9 * (config.seed + 1)", "0"),
+        ("                dist.all_reduce(sums)\n", "                pass\n"),
+        ("            done = target\n", ""),
+        ("x / (1 + sigma**2) ** 0.5", "x"),
+        ('"slopes": slopes, "output": slope}', '"slopes": slopes, "output": state["output"] if stage.second else slope}'),
+        ("torch.allclose(grids[key], levels, rtol=1e-9, atol=0)", "True"),
+    ],
 }
 MUTANTS = [(file, tests, good, bad) for (file, tests), faults in FAULTS.items() for good, bad in faults]
 

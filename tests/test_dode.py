@@ -1,0 +1,562 @@
+"""dode.py against numbers of the official code (golden/README.md section 4), closed forms, itself, and end to end."""
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dode
+from common.diffusion import Denoiser, GaussianMixture, sigma_grid
+from common.solvers import TWO_EVALUATIONS, euler, heun, ipndm
+from common.training import Run, UsageError, noise_from_seeds
+from common.unet import ddpmpp
+from dode import SOLVERS, Stage
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = {name: np.load(ROOT / "tests" / "golden" / f"dode_{name}.npz") for name in ("edm", "vp")}
+
+
+def golden(name, key):
+    return torch.as_tensor(GOLDEN[name][key], dtype=torch.float64)
+
+
+def mixture(name):
+    return GaussianMixture(golden(name, "gmm_means").view(5, 3, 2, 2), golden(name, "gmm_stds"))
+
+
+# ------------------------------------------------------------------------------------------------------- the solvers as stages
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_without_lambdas_it_is_the_solver_of_common(solver):
+    denoiser, x = mixture("edm"), 80 * golden("edm", "latent1")
+    for sigmas in (sigma_grid("edm", 5), sigma_grid("logsnr", 6), sigma_grid("edm", 4, sigma_min=0), sigma_grid("quadratic", 1)):
+        stages = dode.stages_of(solver, sigmas)
+        expected = SOLVERS[solver](denoiser, x, sigmas)
+        for lambdas in (None, [0.0] * len(stages)):
+            torch.testing.assert_close(dode.walk(denoiser, x, stages, lambdas), expected, rtol=1e-12, atol=1e-12)
+        n = len(sigmas) - 1
+        assert len(stages) == (n if solver not in TWO_EVALUATIONS else 2 * n - 1 if sigmas[-1] == 0 else 2 * n)
+
+
+@pytest.mark.parametrize("solver", TWO_EVALUATIONS)
+@pytest.mark.parametrize("nfe", [1, 3, 5])
+def test_an_odd_budget_ends_with_an_euler_step(solver, nfe):
+    denoiser, x = mixture("edm"), 80 * golden("edm", "latent1")
+    sigmas = dode.student_grid(dode.Config(), solver, nfe)
+    stages = dode.stages_of(solver, sigmas, nfe)
+    x_last = SOLVERS[solver](denoiser, x, sigmas[:-1]) if nfe > 1 else x
+    torch.testing.assert_close(dode.walk(denoiser, x, stages), euler(denoiser, x_last, sigmas[-2:]), rtol=1e-12, atol=1e-12)
+    assert len(stages) == nfe
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("official", [False, True])
+def test_every_budget_is_met_exactly(solver, official):
+    """The network is asked as often as the row says, plain or distilled; under --official-grid an even Heun budget loses one."""
+    for nfe in (3, 4, 5, 10):
+        config, calls = dode.Config(nfe=nfe, official_grid=official), []
+        stages = dode.make_plan(config, solver, nfe)[0]
+
+        def counted(x, sigma, calls=calls):
+            calls.append(sigma)
+            return x * 0
+
+        dode.walk(counted, torch.ones(1, 1, 2, 2), stages, [0.1] * len(stages))
+        assert len(calls) == len(stages) == nfe - (official and solver in TWO_EVALUATIONS and nfe % 2 == 0)
+
+
+def test_lambda_one_half_in_noise_is_adams_bashforth():
+    denoiser, x, sigmas = mixture("edm"), 80 * golden("edm", "latent1"), sigma_grid("edm", 6)
+    got = dode.walk(denoiser, x, dode.stages_of("ddim", sigmas), [0.0] + [0.5] * 5, "eps")
+    torch.testing.assert_close(got, ipndm(denoiser, x, sigmas, order=2), rtol=1e-12, atol=1e-12)
+
+
+def test_data_and_noise_differ_by_the_correction_before():
+    """D_i - D_{i-1} = -sigma_i (eps_i - eps_{i-1}) + the correction of step i - 1: the same direction after a plain step."""
+    denoiser, x, stages = mixture("edm"), 80 * golden("edm", "latent1"), dode.stages_of("ddim", sigma_grid("edm", 5))
+    for correction in (0.0, 0.7):
+        deltas = []
+        for output in ("x0", "eps"):
+            state, _ = dode.step(denoiser, dode.begin(x, 80.0, output), stages[0], output)
+            state["x"] = state["x"] + correction
+            deltas.append(dode.step(denoiser, state, stages[1], output)[1])
+        gain = 1 - stages[1].to / stages[1].sigma
+        torch.testing.assert_close(deltas[0] - deltas[1], torch.full_like(x, gain * correction), rtol=1e-9, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------- the official numbers, EDM's form
+
+@pytest.mark.parametrize("key, solver, nfe", [("ddim_n5_s10", "ddim", 5), ("ddim_n10_s10", "ddim", 10), ("edm_n5_s10", "heun", 9),
+                                              ("edm_n10_s10", "heun", 19)])
+def test_official_edm_lambdas_and_samples(key, solver, nfe):
+    """--official-grid is their code. Their lambda stands outside the step: ours times the weight of D in the move."""
+    denoiser = mixture("edm")
+    student, teacher, targets = dode.make_plan(dode.Config(nfe=nfe, official_grid=True), solver, nfe)
+    lambdas, _ = dode.fit_lambdas(student, teacher, targets, [1], lambda b: denoiser, lambda b: 80 * golden("edm", f"latent{b}"))
+    theirs = torch.tensor([-stage.weights[0] / stage.sigma * v for stage, v in zip(student, lambdas)], dtype=torch.float64)
+    torch.testing.assert_close(theirs, golden("edm", f"{key}/lambdas"), rtol=1e-8, atol=0)
+    for b in (1, 2):  # the second batch re-uses the lambdas of the first
+        x = dode.walk(denoiser, 80 * golden("edm", f"latent{b}"), student, lambdas)
+        torch.testing.assert_close(x, golden("edm", f"{key}/x{b}"), rtol=0, atol=1e-9)
+
+
+def test_official_grids_do_not_meet_and_ours_do():
+    student = dode.stages_of("ddim", dode.student_grid(dode.Config(official_grid=True), "ddim", 10))
+    levels, targets = dode.official_teacher_grid(student, 10, 0.002, 80.0)
+    landed = torch.tensor([stage.to for stage in student])
+    expected = torch.tensor([45.04, 24.09, 12.12, 5.65, 2.40, 0.907, 0.292, 0.0756, 0.0141, 0])  # PAPERS.md 4e
+    torch.testing.assert_close(levels[targets].float(), expected, rtol=3e-3, atol=0)
+    torch.testing.assert_close(landed[:3], torch.tensor([42.42, 21.11, 9.72]), rtol=1e-3, atol=0)
+    for solver in SOLVERS:
+        for sigmas in (sigma_grid("edm", 4), sigma_grid("uniform", 3), sigma_grid("edm", 3, sigma_min=0)):
+            student = dode.stages_of(solver, sigmas)
+            levels, targets = dode.teacher_grid(student, 7)
+            assert levels[targets].tolist() == [stage.to for stage in student] and len(levels) == 7 * len(student) + 1
+            assert (levels.diff() < 0).all()
+    levels, _ = dode.teacher_grid(dode.stages_of("ddim", sigma_grid("edm", 6)), 10)
+    torch.testing.assert_close(levels, sigma_grid("edm", 60), rtol=1e-12, atol=0)
+    config = dode.Config()
+    assert dode.make_plan(config, "heun", 4)[1] == dode.stages_of("ddim", dode.teacher_grid(dode.make_plan(config, "heun", 4)[0], 10)[0])
+    assert len(dode.make_plan(config, "deis3", 4)[1][5].weights) == 4  # the others have themselves as teacher
+
+
+# ------------------------------------------------------------------------------------------- the official numbers, noise prediction
+# In VP variables z = alpha x a DDIM step is z' = (alpha'/alpha) z + alpha' h eps with h = sigma' - sigma: ours, times alpha'. So are
+# all their solvers, with these things of theirs: the walk starts at t = 900 (n = 10; teacher: 990) from unit noise; the first correction
+# is against x_T (--output eps); targets are their teacher's z, compared at other noise levels; and what each family below says.
+
+def vp_tables():
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    return alpha_bar, alpha_bar.log()
+
+
+def interpolated(table, t):
+    """Linear between integers; t (n,) is clamped to [0, 999]."""
+    t = torch.as_tensor(t, dtype=torch.float64).clamp(0, 999)
+    k = t.long().clamp(max=998)
+    return table[k] + (t - k) * (table[k + 1] - table[k])
+
+
+def sigma_of(alpha_bar):
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+def alpha_of(sigma):
+    return 1 / math.sqrt(1 + sigma**2)
+
+
+def vp_denoiser(told):
+    """D for our walk; told: {sigma of the walk: t told to the network}, whose own alpha and sigma follow from log alpha_bar."""
+    exact, log_alpha_bar = mixture("vp"), vp_tables()[1]
+
+    def eps_model(z, t):
+        alpha_bar = interpolated(log_alpha_bar, t).exp()
+        x, sigma = z / alpha_bar.sqrt(), sigma_of(alpha_bar)
+        return (x - exact(x, sigma)) / sigma
+
+    def denoiser(x, sigma):
+        return x - sigma * eps_model(alpha_of(sigma) * x, told[sigma])
+
+    denoiser.eps_model = eps_model
+    return denoiser
+
+
+def ddim_plan(n):
+    """Integer times int(linspace(0, 1000, n + 1)), reversed, without the noisiest one; then alpha_bar = 1."""
+    alpha_bar = vp_tables()[0]
+    t = torch.linspace(0, 1000, n + 1)[:n].int().flip(0).tolist()
+    sigmas = [*sigma_of(alpha_bar[t]).tolist(), 0.0]
+    return [Stage(a, b, False, (b - a,)) for a, b in zip(sigmas, sigmas[1:])], dict(zip(sigmas, t))
+
+
+def dpm_plan(order, n):
+    """Singlestep DPM-Solver-2 and -3 with n evaluations, inner nodes uniform in *time* (not in lambda: r is not 1/2)."""
+    t = torch.linspace(1, 0.001, n + 1, dtype=torch.float64) * 1000 - 1  # network time; their table of log alpha has t + 1 for t
+    sigmas = sigma_of(interpolated(vp_tables()[1], t).exp()).tolist()
+    k = n // 3 + 1
+    orders = ([2] * (n // 2) + [1] * (n % 2) if order == 2
+              else [3] * (k - 2) + [2, 1] if n % 3 == 0 else [3] * (k - 1) + [n % 3])
+    stages, first = [], 0
+    for o in orders:
+        s, *inner, end = sigmas[first: first + o + 1]
+        h, first = math.log(s / end), first + o
+        r = [math.log(s / level) / h for level in inner]
+        stages.append(Stage(s, (inner + [end])[0], False, ((inner + [end])[0] - s,)))
+        if o == 2:
+            w = (end - s) / (2 * r[0])
+            stages.append(Stage(inner[0], end, True, (w, end - s - w)))
+        if o == 3:
+            w = -r[1] / r[0] * inner[1] * (math.expm1(r[1] * h) / (r[1] * h) - 1)
+            stages.append(Stage(inner[0], inner[1], True, (w, inner[1] - s - w)))
+            w = -end / r[1] * (math.expm1(h) / h - 1)
+            stages.append(Stage(inner[1], end, True, (w, 0.0, end - s - w)))
+    return stages, dict(zip(sigmas, t.tolist()))
+
+
+def multistep_plan(solver, n):
+    """Real times from 999 to 0, alpha_bar itself interpolated, the network told t - 1; DEIS by a left Riemann sum of 10,000 nodes."""
+    alpha_bar_table = vp_tables()[0]
+    t = torch.linspace(999, 0, n + 1, dtype=torch.float64)
+    sigmas = sigma_of(interpolated(alpha_bar_table, t).clamp(1e-7, 1 - 1e-7)).tolist()
+    stages = []
+    for i in range(n):
+        h, count = sigmas[i + 1] - sigmas[i], min(i + 1, 4 if solver == "ipndm" else 3)
+        if solver == "ipndm":
+            weights = [h * c for c in {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12],
+                                       4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}[count]]
+        else:
+            tau = t[i] + torch.arange(10000, dtype=torch.float64) / 10000 * (t[i + 1] - t[i])
+            a = interpolated(alpha_bar_table, tau).clamp(1e-7, 1 - 1e-7)
+            k = tau.long().clamp(max=998)
+            slope = (alpha_bar_table[k + 1] - alpha_bar_table[k]) / a  # d log alpha_bar / d tau, of the interpolant to the right
+            integrand = -0.5 * slope / (a * (1 - a)).sqrt() * (t[i + 1] - t[i]) / 10000  # over alpha'
+            weights = []
+            for j in range(count):
+                lagrange = torch.ones_like(tau)
+                for m in range(count):
+                    if m != j:
+                        lagrange = lagrange * (tau - t[i - m]) / (t[i - j] - t[i - m])
+                weights.append((integrand * lagrange).sum().item())
+        stages.append(Stage(sigmas[i], sigmas[i + 1], False, tuple(weights)))
+    return stages, dict(zip(sigmas, (t.float() - 1).double().tolist()))
+
+
+def vp_walk(plan, z, lambdas=None):
+    """z at the end of a walk from unit noise z, which they put at the first level whatever that is; and, for a teacher, all z."""
+    (stages, told), states = plan, [z]
+    state = dode.begin(z / alpha_of(stages[0].sigma), stages[0].sigma, "eps")
+    for k, stage in enumerate(stages):
+        state, delta = dode.step(vp_denoiser(told), state, stage, "eps")
+        state["x"] = state["x"] + (lambdas[k] * delta if lambdas is not None else 0)
+        states.append(alpha_of(stage.to) * state["x"])
+    return states
+
+
+@pytest.mark.parametrize("name, n", [(name, n) for n in (5, 10) for name in ("ddim", "dpmsolver2", "dpmsolver3", "ipndm", "tab_deis2")])
+def test_official_noise_prediction_solvers(name, n):
+    plan_of = {"ddim": ddim_plan, "ipndm": partial(multistep_plan, "ipndm"), "tab_deis2": partial(multistep_plan, "deis"),
+               "dpmsolver2": partial(dpm_plan, 2), "dpmsolver3": partial(dpm_plan, 3)}[name]
+    stages, told = plan = plan_of(n)
+    z = {b: golden("vp", f"x_T{b}") for b in (1, 2)}
+    for b in (1, 2):
+        torch.testing.assert_close(vp_walk(plan, z[b])[-1], golden("vp", f"{name}_n{n}/y{b}"), rtol=0, atol=1e-10)
+
+    # The fit, in their way: the k-th evaluation against the teacher's k-th target, z against z. DPM-Solver's teacher is DDIM.
+    targets = vp_walk((ddim_plan if "dpm" in name else plan_of)(10 * n), z[1])[10::10]
+    lambdas, official = [], golden("vp", f"d_{name}_n{n}/lambdas")
+    state = dode.begin(z[1] / alpha_of(stages[0].sigma), stages[0].sigma, "eps")
+    for stage, target in zip(stages, targets):
+        state, delta = dode.step(vp_denoiser(told), state, stage, "eps")
+        rest = target / alpha_of(stage.to) - state["x"]
+        lambdas.append(((delta * rest).sum() / (delta * delta).sum()).item())
+        if "dpm" in name:  # they keep these as float32
+            lambdas[-1] = float(np.float32(lambdas[-1]))
+        state["x"] = state["x"] + lambdas[-1] * delta
+    # DPM-Solver: the same lambda. The others add lambda (E_i - E_{i-1}) to z', outside of the step: alpha' h times ours.
+    theirs = [v if "dpm" in name else v * alpha_of(s.to) * (s.to - s.sigma) for s, v in zip(stages, lambdas)]
+    torch.testing.assert_close(torch.tensor(theirs, dtype=torch.float64), official, rtol=3e-7 if "dpm" in name else 1e-8, atol=1e-12)
+    for b in (1, 2):
+        tolerance = 2e-6 if "dpm" in name else 1e-9
+        torch.testing.assert_close(vp_walk(plan, z[b], lambdas)[-1], golden("vp", f"d_{name}_n{n}/y{b}"), rtol=0, atol=tolerance)
+
+
+def test_the_noise_model_of_the_goldens():
+    got = vp_denoiser({}).eps_model
+    for t, z, eps in zip(*(golden("vp", f"probe_{k}") for k in ("t", "x", "eps"))):
+        torch.testing.assert_close(got(z[None], t)[0], eps, rtol=1e-10, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the fit
+
+class Toy(GaussianMixture):
+    """A mixture that passes for a teacher: dode.fit asks a teacher for its network's image shape and its number of classes."""
+
+    class net:
+        img_channels, img_resolution, label_dim = 1, 2, 0
+
+
+@pytest.fixture(scope="module")
+def toy():
+    generator = torch.Generator().manual_seed(0)
+    return Toy(torch.randn(5, 1, 2, 2, generator=generator, dtype=torch.float64), torch.full((5,), 0.2))
+
+
+def toy_config(tmp_path, **options):
+    return dode.Config(device="cpu", out=str(tmp_path), **{"fit_n": 64, "fit_batch": 64, "scale": 4, **options})
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("options", [{}, {"output": "eps"}, {"official_grid": True}], ids=str)
+def test_each_lambda_is_the_minimiser(toy, tmp_path, solver, options):
+    config = toy_config(tmp_path, solver=solver, nfe=5, **options)
+    lambdas = dode.fit(config, teacher=toy)[solver, 5]["lambdas"]
+    student, teacher, targets = dode.make_plan(config, solver, 5)
+    x = 80 * noise_from_seeds(range(10**9, 10**9 + 64), (1, 2, 2))
+    for k in range(len(student)):
+        goal = dode.walk(toy, x, teacher[: targets[k]])
+
+        def error(change, k=k, goal=goal):
+            changed = [*lambdas[:k], lambdas[k] + change]
+            return (dode.walk(toy, x, student[: k + 1], changed, config.output) - goal).square().sum().item()
+
+        if k == 0 and config.output == "x0":
+            assert lambdas[0] == 0 and error(1e-3) == error(0)  # there is nothing to differ from
+        else:
+            assert error(1e-3) > error(0) < error(-1e-3), f"stage {k}: lambda {lambdas[k]}"
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 20])
+def test_beats_ddim_on_one_gaussian(tmp_path, n):
+    """Against the exact solution x(b) = m + (x(a) - m) sqrt((s^2 + b^2) / (s^2 + a^2)), from held-out noise."""
+    mean, std = torch.tensor([[[0.3, -0.7], [0.1, 0.5]]], dtype=torch.float64), 0.4
+    gaussian = Toy(mean[None], torch.tensor([std]))
+    entry = dode.fit(toy_config(tmp_path, solver="ddim", nfe=n, scale=10), teacher=gaussian)["ddim", n]
+    x = 80 * noise_from_seeds(range(200), (1, 2, 2))
+    exact = mean + (x - mean) * math.sqrt((std**2 + 0.002**2) / (std**2 + 80**2))
+    stages = dode.stages_of("ddim", entry["sigmas"])
+    plain, ours = ((dode.walk(gaussian, x, stages, v) - exact).square().mean().sqrt().item() for v in (None, entry["lambdas"]))
+    assert ours < 0.75 * plain, (n, plain, ours)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "deis3", "heun"])
+def test_the_fit_helps_on_held_out_noise(toy, tmp_path, solver):
+    entry = dode.fit(toy_config(tmp_path, solver=solver, nfe=6, scale=10), teacher=toy)[solver, 6]
+    x = 80 * noise_from_seeds(range(500), (1, 2, 2))
+    truth = heun(toy, x, sigma_grid("edm", 200))
+    stages = dode.stages_of(solver, entry["sigmas"], 6)
+    plain, ours = ((dode.walk(toy, x, stages, v) - truth).square().mean().sqrt().item() for v in (None, entry["lambdas"]))
+    assert ours < 0.98 * plain, (plain, ours)
+
+
+@pytest.mark.parametrize("output", ["x0", "eps"])
+def test_batch_size_does_not_matter(toy, tmp_path, output):
+    options = dict(fit_n=256, nfe=4, output=output)
+    whole, parts, uneven = (dode.fit(toy_config(tmp_path, fit_batch=b, **options), teacher=toy) for b in (256, 64, 100))
+    for key, entry in whole.items():
+        expected = torch.tensor(entry["lambdas"], dtype=torch.float64)
+        for other in (parts, uneven):
+            torch.testing.assert_close(torch.tensor(other[key]["lambdas"], dtype=torch.float64), expected, rtol=1e-10, atol=1e-10)
+        assert expected.abs().max() > 0.01
+
+
+def test_memory_does_not_grow_with_the_fitting_set(toy, tmp_path):
+    """The bytes of all tensors alive while the network is asked: the same for 3 batches as for 12."""
+    class Weighing(Toy):
+        def forward(self, x, sigma):
+            tensors = (t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.float64)
+            Weighing.most = max(Weighing.most, sum(t.nbytes for t in tensors))
+            return super().forward(x, sigma)
+
+    most = []
+    for fit_n in (300, 1200):
+        Weighing.most = 0
+        dode.fit(toy_config(tmp_path, fit_n=fit_n, fit_batch=100, nfe=3, scale=1, solver="ddim"), teacher=Weighing(toy.means, toy.stds))
+        most.append(Weighing.most)
+    state = 100 * 4 * 8  # bytes of one state of one batch
+    assert most[0] > 3 * state and abs(most[1] - most[0]) < state, most
+
+
+def test_fitting_noise_is_never_evaluated(toy, tmp_path):
+    """Fitting seeds begin at 10^9: image k of the evaluation has seed k."""
+    first = []
+
+    class Watching(Toy):
+        def forward(self, x, sigma):
+            first.append(x.clone())
+            return super().forward(x, sigma)
+
+    dode.fit(toy_config(tmp_path, fit_n=4, nfe=3, scale=1, solver="ddim", seed=1), teacher=Watching(toy.means, toy.stds))
+    torch.testing.assert_close(first[0], 80 * noise_from_seeds(range(2 * 10**9, 2 * 10**9 + 4), (1, 2, 2)))
+
+
+def test_conditional_teacher_gets_the_seeds_classes(tmp_path):
+    torch.manual_seed(0)
+    teacher = Denoiser(ddpmpp(8, 1, label_dim=3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])).eval()
+    teacher.requires_grad_(False)
+    seen = []
+    teacher.net.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
+    dode.fit(dode.Config(smoke=True, out=str(tmp_path), device="cpu", solver="ddim"), teacher=teacher)
+    assert all(labels is not None for labels in seen)
+    assert {tuple(labels.tolist()) for labels in seen} == {tuple(((torch.arange(4) + first + 10**9) % 3).tolist()) for first in (0, 4)}
+
+
+def test_resume_fits_only_what_is_missing(toy, tmp_path, monkeypatch):
+    whole = dode.fit(toy_config(tmp_path / "whole", nfe=4), teacher=toy)
+    config, original, calls = toy_config(tmp_path / "cut", nfe=4), dode.fit_lambdas, []
+
+    def counted(*arguments):
+        calls.append(1)
+        return original(*arguments) if len(calls) != 4 else 1 / 0
+
+    monkeypatch.setattr(dode, "fit_lambdas", counted)
+    with pytest.raises(ZeroDivisionError):
+        dode.fit(config, Run("dode", config, checkpoint_seconds=0), toy)
+    config.resume = True
+    resumed = dode.fit(config, teacher=toy)
+    assert len(calls) == 4 + 3 and list(resumed) == list(whole)
+    assert all(resumed[key]["lambdas"] == whole[key]["lambdas"] for key in whole)
+
+
+def test_inner_products_are_summed_over_ranks(toy, monkeypatch):
+    """Two threads stand for two ranks with a half of the batches each (the slow test below has two processes)."""
+    both, boxes, barrier = {}, {}, threading.Barrier(2, timeout=20)
+
+    def all_reduce(sums):
+        boxes[threading.get_ident()] = sums.clone()
+        barrier.wait()
+        total = sum(boxes.values())
+        barrier.wait()
+        sums.copy_(total)
+
+    monkeypatch.setattr(dode.dist, "all_reduce", all_reduce)
+    plan = dode.make_plan(dode.Config(nfe=4, scale=4), "ddim", 4)
+
+    def rank(r, batches, world):
+        both[r] = dode.fit_lambdas(*plan, batches, lambda b: toy, lambda b: 80 * noise_from_seeds(range(b, b + 20), (1, 2, 2)), world=world)
+
+    threads = [threading.Thread(target=rank, args=(r, [40 * r, 40 * r + 20], 2)) for r in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rank("one", [0, 20, 40, 60], 1)
+    for r in (0, 1):
+        np.testing.assert_allclose(both[r][0], both["one"][0], rtol=1e-10, atol=1e-10)
+        assert both[r][1] == pytest.approx(both["one"][1], rel=1e-10)
+
+
+RANKS = """
+import sys, torch
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import dode, json
+from test_dode import Toy
+generator = torch.Generator().manual_seed(0)
+toy = Toy(torch.randn(5, 1, 2, 2, generator=generator, dtype=torch.float64), torch.full((5,), 0.2))
+config = dode.Config(device="cpu", out=sys.argv[1], fit_n=256, fit_batch=64, scale=4, nfe=4)
+run = dode.Run("dode", config)
+fitted = dode.fit(config, run, toy)
+open(sys.argv[1] + f"/rank{{run.rank}}.json", "w").write(json.dumps([entry["lambdas"] for entry in fitted.values()]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_fit_as_one(toy, tmp_path):
+    (tmp_path / "script.py").write_text(RANKS.format(root=str(ROOT)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, str(tmp_path / "script.py"), str(tmp_path)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    one = dode.fit(toy_config(tmp_path / "one", fit_n=256, fit_batch=256, nfe=4), teacher=toy)
+    for rank in (0, 1):
+        for got, entry in zip(json.loads((tmp_path / f"rank{rank}.json").read_text()), one.values()):
+            got, expected = (torch.tensor(v, dtype=torch.float64) for v in (got, entry["lambdas"]))
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+# -------------------------------------------------------------------------------------------------------------- the command line
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["dode.py", *map(str, arguments)])
+    dode.main()
+
+
+def results(folder):
+    return json.loads((folder / "metrics.json").read_text())["results"]
+
+
+def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_path, capsys):
+    budget = ["--nfe", 3, 4, "--solver", "ddim", "heun", "--smoke", "--device", "cpu"]
+    run_main(monkeypatch, *budget, "--out", tmp_path / "a")
+    assert {p.name for p in (tmp_path / "a").iterdir()} >= {"metrics.json", "samples.png", "lambdas.png", "lambdas.json", "log.jsonl",
+                                                           "checkpoint.pt"}
+    rows = results(tmp_path / "a")
+    assert [(row["name"], row["nfe"]) for row in rows] == [
+        ("ddim", 3), ("d-ddim", 3), ("heun", 3), ("d-heun", 3), ("ddim", 4), ("d-ddim", 4), ("heun", 4), ("d-heun", 4),
+        ("ab2", 3), ("dpmpp2m", 3), ("ab2", 4), ("dpmpp2m", 4), ("teacher", 8)]
+    assert all(row["fid_n"] == 32 and row["fid_features"] == "digits-classifier" for row in rows)
+    assert rows[1]["fit_evaluations"] == 8 * (3 + 30) and rows[3]["fit_evaluations"] == 8 * (3 + 30) and rows[1]["fit_seconds"] > 0
+    assert all(row["rmse_to_teacher"] > 0 for row in rows[:-1]) and "rmse_to_teacher" not in rows[-1]
+    assert "digits-classifier, n=32" in capsys.readouterr().out
+
+    run_main(monkeypatch, *budget, "--lambdas", tmp_path / "a" / "lambdas.json", "--out", tmp_path / "b")
+    assert results(tmp_path / "b") == rows and not (tmp_path / "b" / "lambdas.json").exists()
+
+    modified = (tmp_path / "a" / "checkpoint.pt").stat().st_mtime_ns
+    run_main(monkeypatch, *budget, "--resume", "--out", tmp_path / "a")  # everything is fitted: only measured again
+    assert results(tmp_path / "a") == rows and (tmp_path / "a" / "checkpoint.pt").stat().st_mtime_ns == modified
+
+
+def test_official_grid_from_the_command_line(monkeypatch, tmp_path):
+    run_main(monkeypatch, "--official-grid", "--smoke", "--solver", "ddim", "heun", "--nfe", 4, "--out", tmp_path, "--device", "cpu")
+    entries = json.loads((tmp_path / "lambdas.json").read_text())["solvers"]
+    assert [entry["sigmas"][-1] for entry in entries] == [0, 0]
+    assert [row["nfe"] for row in results(tmp_path)] == [4, 4, 3, 3, 4, 4, 9]
+
+
+def entry_of(solver="ddim", nfe=4, **changes):
+    sigmas = dode.student_grid(dode.Config(), solver, nfe).tolist()
+    return {"solver": solver, "nfe": nfe, "sigmas": sigmas, "lambdas": [0.1] * nfe, "fit_evaluations": 1, "fit_seconds": 1, **changes}
+
+
+FILES = {
+    "GOOD": {"output": "x0", "solvers": [entry_of(), entry_of("deis2")]},
+    "EPS": {"output": "eps", "solvers": [entry_of()]},
+    "GRID": {"output": "x0", "solvers": [entry_of(sigmas=sigma_grid("logsnr", 4).tolist())]},
+    "SHORT": {"output": "x0", "solvers": [entry_of(lambdas=[0.1] * 3)]},
+    "NAN": {"output": "x0", "solvers": [entry_of(lambdas=[0.1, 0.1, float("nan"), 0.1])]},
+    "LIST": [1, 2],
+    "WORDS": {"output": "x0", "solvers": [entry_of(lambdas=["a", "b", "c", "d"])]},
+}
+
+
+@pytest.mark.parametrize("arguments, names", [
+    (["--dataset", "cats"], ["--dataset", "cats", "digits"]),
+    (["--solver", "rk45"], ["--solver", "rk45", "ddim"]),
+    (["--nfe", "0"], ["--nfe 0"]),
+    (["--nfe", "5", "-3"], ["--nfe -3"]),
+    (["--nfe", "five"], ["--nfe", "five"]),
+    (["--scale", "0"], ["--scale 0"]),
+    (["--fit-n", "0"], ["--fit-n 0"]),
+    (["--fit-batch", "0"], ["--fit-batch 0"]),
+    (["--reference-nfe", "1"], ["--reference-nfe 1"]),
+    (["--sigma-min", "90"], ["90", "decrease"]),
+    (["--official-grid", "--nfe", "2"], ["--nfe 2", "--official-grid"]),
+    (["--official-grid", "--grid", "logsnr"], ["--grid logsnr", "--official-grid"]),
+    (["--teacher", "nowhere.pt"], ["nowhere.pt"]),
+    (["--teacher", "FOREIGN"], ["foreign.pt"]),
+    (["--lambdas", "nowhere.json"], ["--lambdas nowhere.json"]),
+    (["--lambdas", "FOREIGN"], ["--lambdas", "foreign.pt", "not a lambdas.json"]),
+    (["--lambdas", "LIST"], ["--lambdas", "LIST", "not a lambdas.json"]),
+    (["--lambdas", "WORDS"], ["--lambdas", "WORDS", "not a lambdas.json"]),
+    (["--lambdas", "NAN"], ["--lambdas", "NAN", "not finite"]),
+    (["--lambdas", "GOOD", "--solver", "heun"], ["--lambdas", "GOOD", "--solver heun", "ddim at 4, deis2 at 4"]),
+    (["--lambdas", "GOOD", "--nfe", "5"], ["--lambdas", "GOOD", "--nfe 5", "ddim at 4"]),
+    (["--lambdas", "GOOD", "--sigma-max", "70"], ["--lambdas", "GOOD", "80", "70"]),
+    (["--lambdas", "GOOD", "--official-grid"], ["--lambdas", "GOOD", "grid"]),
+    (["--lambdas", "GRID"], ["--lambdas", "GRID", "grid 80, 5.657", "this run walks 80, 17.53"]),
+    (["--lambdas", "SHORT"], ["--lambdas", "SHORT", "3 lambdas, 4 are needed"]),
+    (["--lambdas", "EPS"], ["--lambdas", "EPS", "--output eps", "--output x0"]),
+    (["--out", "FOREIGN"], ["--out", "foreign.pt"]),
+    (["--resume"], ["checkpoint.pt"]),
+    (["--device", "cuda:9"], ["--device cuda:9"]),
+    (["--dataset", "folder"], ["--data-dir"]),
+])
+def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
+    foreign = tmp_path / "foreign.pt"
+    foreign.write_bytes(b"\x80\x04not ours")
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    place = {"FOREIGN": foreign, **{name: tmp_path / name for name in FILES}}
+    if "--lambdas" in arguments:
+        arguments = ["--solver", "ddim", "--nfe", "4", *arguments]
+    with pytest.raises(UsageError) as error:
+        run_main(monkeypatch, "--out", tmp_path / "run", *[place.get(a, a) for a in arguments])
+    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names), error.value
+    assert not (tmp_path / "run" / "metrics.json").exists()
