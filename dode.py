@@ -340,13 +340,12 @@ def short(levels):
     return ", ".join(f"{level:.4g}" for level in levels.flatten().tolist())
 
 
-def evaluate(config, run, teacher, fitted):
+def evaluate(config, run, teacher, judge, fitted):
     """Every solver plain and distilled, and two baselines, from the same held-out noise (seeds 0 ... eval_n - 1): rows and pictures.
 
     rmse_to_teacher: root mean square over images and pixels in [-1, 1], against the fine trajectory (row `teacher`).
     """
-    extractor = feature_extractor(config.dataset, run.device, config.inception, config.data_dir)
-    reference = reference_moments(config.dataset, extractor, config.data_dir)
+    extractor, reference = judge
     shape = (teacher.net.img_channels, teacher.net.img_resolution, teacher.net.img_resolution)
     end = torch.zeros(1 if config.official_grid else 0, dtype=torch.float64)
 
@@ -388,12 +387,14 @@ def main():
         read_lambdas(config)  # before any work
     run = Run("dode", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
+    extractor = feature_extractor(config.dataset, run.device, config.inception, config.data_dir, steps=5 if config.smoke else None)
+    judge = extractor, reference_moments(config.dataset, extractor, config.data_dir)  # before fitting: what cannot be had costs nothing
     fitted = fit(config, run, teacher)
     if run.rank > 0:
         return
     if not config.lambdas:
         write_lambdas(run.out / "lambdas.json", config, fitted)
-    results = evaluate(config, run, teacher, fitted)
+    results = evaluate(config, run, teacher, judge, fitted)
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)")
     run.say(table(results, ["name", "nfe", "rmse_to_teacher", "fid"]))
     run.say("fitting cost, image evaluations and seconds: " + ", ".join(

@@ -404,6 +404,8 @@ def main():
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     judge = make_judge(config, run)  # before training: data that cannot be had must not cost a training
     sigmas, sigmas_net = train(config, run, teacher)
+    if run.rank > 0:  # under torchrun every rank has learned the same grid
+        return
     if config.steps:
         write_schedule(run.out / "schedule.json", config, sigmas, sigmas_net)
     with torch.no_grad():

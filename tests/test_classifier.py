@@ -15,15 +15,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nets this small lose a hundredfold to waiting threads when something else runs on the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def shipped():
     return load_classifier("digits", "cpu")

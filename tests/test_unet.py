@@ -22,15 +22,6 @@ SHAPES = json.loads((GOLDEN / "unet_shapes.json").read_text())
 TINY = dict(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nets this small lose more to waiting threads than they gain, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @lru_cache(None)
 def read(name):
     """Config, {array name: tensor} and state dict of one golden file; float16 is storage only."""
