@@ -50,7 +50,7 @@ import torch.distributed as dist
 
 from common.datasets import DATASETS, to_uint8
 from common.diffusion import GRIDS, sigma_grid, with_labels
-from common.fid import feature_extractor, fid_of_images, generate, labels_for, reference_moments
+from common.fid import generate, labels_for, make_judge
 from common.plots import save_curves, save_rows
 from common.solvers import TWO_EVALUATIONS, deis, dpm2, dpmpp, euler, heun, ipndm
 from common.teacher import load_teacher
@@ -276,7 +276,7 @@ def fit(config, run=None, teacher=None):
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     if config.lambdas:
         return read_lambdas(config)
-    shape = (teacher.net.img_channels, teacher.net.img_resolution, teacher.net.img_resolution)
+    shape = teacher.net.img_shape
     seeds = torch.arange(config.fit_n) + 10**9 * (config.seed + 1)  # the evaluation uses 0, 1, 2, ...
     batches = seeds.split(config.fit_batch)[run.rank:: run.world]
 
@@ -345,8 +345,7 @@ def evaluate(config, run, teacher, judge, fitted):
 
     rmse_to_teacher: root mean square over images and pixels in [-1, 1], against the fine trajectory (row `teacher`).
     """
-    extractor, reference = judge
-    shape = (teacher.net.img_channels, teacher.net.img_resolution, teacher.net.img_resolution)
+    shape = teacher.net.img_shape
     end = torch.zeros(1 if config.official_grid else 0, dtype=torch.float64)
 
     def measure(name, nfe, solver, **more):
@@ -354,8 +353,7 @@ def evaluate(config, run, teacher, judge, fitted):
             return solver(with_labels(teacher, labels), config.sigma_max * noise)
 
         x = generate(sampler, range(config.eval_n), shape, run.device, config.eval_batch, teacher.net.label_dim, f"{name} {nfe}")
-        row = {"name": name, "nfe": nfe, "fid": fid_of_images(to_uint8(x), extractor, reference), "fid_features": extractor.name,
-               "fid_n": config.eval_n, **more}
+        row = {"name": name, "nfe": nfe, **judge.row(x), **more}
         if rows:
             row["rmse_to_teacher"] = (x - truth).double().square().mean().sqrt().item()
         rows.append(row)
@@ -387,8 +385,7 @@ def main():
         read_lambdas(config)  # before any work
     run = Run("dode", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    extractor = feature_extractor(config.dataset, run.device, config.inception, config.data_dir, steps=5 if config.smoke else None)
-    judge = extractor, reference_moments(config.dataset, extractor, config.data_dir)  # before fitting: what cannot be had costs nothing
+    judge = make_judge(config.dataset, run.device, config.data_dir, config.inception, smoke=config.smoke)
     fitted = fit(config, run, teacher)
     if run.rank > 0:
         return

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from common.classifier import load_classifier
 from common.datasets import DATASETS, to_uint8
 from common.diffusion import GRIDS, check_grid, sigma_grid, with_labels
-from common.fid import feature_extractor, fid_of_images, generate, labels_for, load_moments, reference_moments
+from common.fid import generate, labels_for, make_judge
 from common.plots import save_rows, save_sigma_grids
 from common.solvers import ORDERS, SOLVERS, steps_for
 from common.teacher import load_teacher
@@ -254,7 +254,7 @@ def train(config, run=None, teacher=None):
         return start
     grid = TimeGrid(config.n, config.sigma_min, config.sigma_max, config.mode)
     grid.set_to(start[0], start[1] if config.times == "decoupled" else start[0])
-    shape = (teacher.net.img_channels, teacher.net.img_resolution, teacher.net.img_resolution)
+    shape = teacher.net.img_shape
     solver, distance = make_solver(config.solver, config.order, config.variant), make_distance(config, run.device)
     radius = 0.001 * shape[0] * shape[1] * shape[2] / config.n**2 if config.radius is None else config.radius
     run.say(f"{config.solver} of order {config.order}, {config.nfe} evaluations, distance {config.distance}, "
@@ -355,21 +355,12 @@ def read_schedule(config):
     return sigmas, sigmas_net
 
 
-def make_judge(config, run):
-    """(feature extractor, moments of the real images): what FID needs."""
-    extractor = feature_extractor(config.dataset, run.device, config.inception, config.data_dir, steps=5 if config.smoke else None)
-    if config.reference:
-        return extractor, load_moments(config.reference, extractor)
-    return extractor, reference_moments(config.dataset, extractor, config.data_dir)
-
-
 def evaluate(config, run, teacher, judge, sigmas, sigmas_net):
     """Teacher, hand-made grids and LD3 from the same held-out noise (seeds 0 ... eval_n - 1): rows for metrics.json, and pictures.
 
     rmse_to_teacher: root mean square over images and pixels in [-1, 1], against the teacher solver's samples.
     """
-    extractor, reference = judge
-    shape = (teacher.net.img_channels, teacher.net.img_resolution, teacher.net.img_resolution)
+    shape = teacher.net.img_shape
     solver = make_solver(config.solver, config.order, config.variant)
     hand_made = ("uniform", "quadratic", "logsnr", "edm")
     grids = {kind: (sigma_grid(kind, config.n, config.sigma_min, config.sigma_max), None) for kind in hand_made}
@@ -381,9 +372,7 @@ def evaluate(config, run, teacher, judge, sigmas, sigmas_net):
 
     def measure(name, nfe, sampler):
         x = generate(sampler, range(config.eval_n), shape, run.device, config.eval_batch, teacher.net.label_dim, name)
-        row = {"name": name, "nfe": nfe, "fid": fid_of_images(to_uint8(x), extractor, reference), "fid_features": extractor.name,
-               "fid_n": config.eval_n}
-        return x, row
+        return x, {"name": name, "nfe": nfe, **judge.row(x)}
 
     truth, teacher_row = measure("teacher", config.teacher_nfe, partial(teacher_samples, config, teacher))
     rows, samples = [], {"teacher": to_uint8(truth[:16])}
@@ -402,7 +391,7 @@ def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("ld3", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    judge = make_judge(config, run)  # before training: data that cannot be had must not cost a training
+    judge = make_judge(config.dataset, run.device, config.data_dir, config.inception, config.reference, config.smoke)
     sigmas, sigmas_net = train(config, run, teacher)
     if run.rank > 0:  # under torchrun every rank has learned the same grid
         return

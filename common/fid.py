@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.classifier import load_classifier
-from common.datasets import channels_of, fingerprint, load_dataset, locked, to_float
+from common.datasets import channels_of, fingerprint, load_dataset, locked, to_float, to_uint8
 from common.training import UsageError, atomic_write, cache_dir, download, noise_from_seeds
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # its last 8 hex digits are the head of its SHA-256
@@ -219,3 +219,23 @@ def generate(sampler, seeds, shape, device, batch_size=256, label_dim=0, what="s
 def fid_of_images(images, extractor, reference):
     """Frechet distance of uint8 images (N, C, H, W) to a reference (mu, cov, ...) of the same feature extractor."""
     return frechet_distance(*moments_of(images, extractor).mean_cov(), *reference[:2])
+
+
+@dataclass
+class Judge:
+    """A feature extractor and the moments of the real images in its space: the FID columns of every row of metrics.json."""
+    extractor: FeatureExtractor
+    reference: tuple
+
+    def row(self, x0):
+        """`fid`, `fid_features` and `fid_n` of generated images x0 (n, C, H, W) in [-1, 1], judged as the uint8 images they become."""
+        return {"fid": fid_of_images(to_uint8(x0), self.extractor, self.reference), "fid_features": self.extractor.name, "fid_n": len(x0)}
+
+
+def make_judge(dataset_name, device, data_dir=None, inception=None, reference=None, smoke=False):
+    """The Judge of a data set. Make it before any long work: data or weights that cannot be had are found out here.
+
+    `inception`: as in `feature_extractor`; `reference`: an .npz of moments instead of those of the training images.
+    """
+    extractor = feature_extractor(dataset_name, device, inception, data_dir, steps=5 if smoke else None)
+    return Judge(extractor, load_moments(reference, extractor) if reference else reference_moments(dataset_name, extractor, data_dir))

@@ -27,14 +27,13 @@ def _start(name, order, x, sigmas, sigmas_net, callback):
     """Check the arguments; return the float64 state, both grids on its device, and a callback that may be called."""
     if order not in ORDERS[name]:
         raise UsageError(f"--order {order}: {name} offers {', '.join(map(str, ORDERS[name]))}")
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device=x.device)
-    check_grid(sigmas, "sigmas")
-    sigmas_net = sigmas if sigmas_net is None else torch.as_tensor(sigmas_net, dtype=torch.float64, device=x.device)
+    sigmas = check_grid(torch.as_tensor(sigmas, dtype=torch.float64), "sigmas")  # where it lies: a GPU would have to be waited for
+    sigmas_net = sigmas if sigmas_net is None else torch.as_tensor(sigmas_net, dtype=torch.float64, device=sigmas.device)
     if sigmas_net.shape != sigmas.shape or not (sigmas_net[sigmas > 0] > 0).all():
         raise UsageError(f"sigmas_net: {tuple(sigmas_net.shape)} levels, {tuple(sigmas.shape)} are needed, above 0 where sigmas is")
     x, callback = x.double(), callback or (lambda i, x: None)
     callback(0, x)
-    return x, sigmas, sigmas_net, callback
+    return x, sigmas.to(x.device), sigmas_net.to(x.device), callback
 
 
 def _slope(denoiser, x, sigma):

@@ -16,7 +16,7 @@ import torch
 from common import unet
 from common.datasets import DATASETS, Stream, fingerprint, load_dataset, to_uint8
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
-from common.fid import feature_extractor, fid_of_images, generate, reference_moments
+from common.fid import generate, make_judge
 from common.plots import save_rows
 from common.solvers import heun
 from common.training import (Run, UsageError, autocast, average_gradients, cache_dir, cli, ema_decay, ema_update, fill_from_presets,
@@ -172,20 +172,17 @@ def train(config):
 def evaluate(config, path, run):
     """EDM's own sampler, Heun with 18 steps (35 evaluations), against the training images: one row, and a picture."""
     denoiser = load_teacher(path, config.dataset, run.device)
-    extractor = feature_extractor(config.dataset, run.device, data_dir=config.data_dir, steps=5 if config.smoke else None)
-    reference = reference_moments(config.dataset, extractor, config.data_dir)
+    judge = make_judge(config.dataset, run.device, config.data_dir, smoke=config.smoke)
     sigmas = torch.cat([sigma_grid("edm", 17), torch.zeros(1, dtype=torch.float64)])
-    net = denoiser.net
 
     def sampler(noise, labels):
         return heun(with_labels(denoiser, labels), sigmas[0].item() * noise, sigmas)
 
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    images = to_uint8(generate(sampler, range(config.fid_n), shape, run.device, label_dim=net.label_dim))
-    rows = {f"{16 * i}-{16 * i + 15}": images[16 * i:16 * (i + 1)] for i in range(min(8, len(images) // 16))}
+    x0 = generate(sampler, range(config.fid_n), denoiser.net.img_shape, run.device, label_dim=denoiser.net.label_dim)
+    images = to_uint8(x0[:128])
+    rows = {f"{16 * i}-{16 * i + 15}": images[16 * i:16 * (i + 1)] for i in range(len(images) // 16)}
     save_rows(run.out / "samples.png", rows)
-    return [{"name": "teacher", "nfe": 35, "fid": fid_of_images(images, extractor, reference), "fid_features": extractor.name,
-             "fid_n": config.fid_n}]
+    return [{"name": "teacher", "nfe": 35, **judge.row(x0)}]
 
 
 def main():

@@ -233,6 +233,11 @@ class UNet(nn.Module):
         else:
             self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm, conv
 
+    @property
+    def img_shape(self):
+        """(C, H, W) of one image."""
+        return self.img_channels, self.img_resolution, self.img_resolution
+
     def embed(self, batch, c_noise, labels=None, augment_labels=None):
         """Noise level and conditions as one vector per image: (B, c_emb). Arguments as in `forward`."""
         dtype = self.map_layer0.weight.dtype

@@ -19,6 +19,7 @@ from common.solvers import TWO_EVALUATIONS, euler, heun, ipndm
 from common.training import Run, UsageError, noise_from_seeds
 from common.unet import ddpmpp
 from dode import SOLVERS, Stage
+from toy import Toy, five_blobs
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = {name: np.load(ROOT / "tests" / "golden" / f"dode_{name}.npz") for name in ("edm", "vp")}
@@ -276,17 +277,9 @@ def test_the_noise_model_of_the_goldens():
 
 # ------------------------------------------------------------------------------------------------------------------- the fit
 
-class Toy(GaussianMixture):
-    """A mixture that passes for a teacher: dode.fit asks a teacher for its network's image shape and its number of classes."""
-
-    class net:
-        img_channels, img_resolution, label_dim = 1, 2, 0
-
-
 @pytest.fixture(scope="module")
 def toy():
-    generator = torch.Generator().manual_seed(0)
-    return Toy(torch.randn(5, 1, 2, 2, generator=generator, dtype=torch.float64), torch.full((5,), 0.2))
+    return five_blobs(0.2)
 
 
 def toy_config(tmp_path, **options):
@@ -434,15 +427,13 @@ def test_inner_products_are_summed_over_ranks(toy, monkeypatch):
 
 
 RANKS = """
-import sys, torch
+import sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import dode, json
-from test_dode import Toy
-generator = torch.Generator().manual_seed(0)
-toy = Toy(torch.randn(5, 1, 2, 2, generator=generator, dtype=torch.float64), torch.full((5,), 0.2))
+from toy import five_blobs
 config = dode.Config(device="cpu", out=sys.argv[1], fit_n=256, fit_batch=64, scale=4, nfe=4)
 run = dode.Run("dode", config)
-fitted = dode.fit(config, run, toy)
+fitted = dode.fit(config, run, five_blobs(0.2))
 open(sys.argv[1] + f"/rank{{run.rank}}.json", "w").write(json.dumps([entry["lambdas"] for entry in fitted.values()]))
 """
 

@@ -11,6 +11,7 @@ from common.diffusion import Denoiser, GaussianMixture, sigma_grid
 from common.solvers import dpmpp, ipndm, unipc
 from common.training import Run, UsageError, noise_from_seeds
 from common.unet import ddpmpp
+from toy import five_blobs
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "ld3_schedule.npz")
 CONFIG = json.loads(str(GOLDEN["config"]))
@@ -123,17 +124,9 @@ def test_project_keeps_the_inside_and_brings_back_the_outside():
 
 # ------------------------------------------------------------------------------------------------ training on an exact denoiser
 
-class Toy(GaussianMixture):
-    """A mixture that passes for a teacher: ld3.train asks a teacher for its network's image shape and its number of classes."""
-
-    class net:
-        img_channels, img_resolution, label_dim = 1, 2, 0
-
-
 @pytest.fixture(scope="module")
 def toy():
-    generator = torch.Generator().manual_seed(0)
-    return Toy(torch.randn(5, 1, 2, 2, generator=generator, dtype=torch.float64), torch.full((5,), 0.5))
+    return five_blobs(0.5)
 
 
 def toy_config(tmp_path, **options):
