@@ -37,12 +37,16 @@ class Denoiser(nn.Module):
     def net(self):
         return self.model
 
+    def coefficients(self, sigma):
+        """c_skip, c_out, c_in at the levels sigma."""
+        total = (sigma**2 + self.sigma_data**2).sqrt()
+        return self.sigma_data**2 / total**2, sigma * self.sigma_data / total, 1 / total
+
     def forward(self, x, sigma, labels=None, augment_labels=None):
         dtype = torch.float64 if next(self.model.parameters()).dtype == torch.float64 else torch.float32
         z = x.to(dtype)
         sigma = expand(sigma, z)  # (B or 1, 1, 1, 1)
-        total = (sigma**2 + self.sigma_data**2).sqrt()
-        c_skip, c_out, c_in = self.sigma_data**2 / total**2, sigma * self.sigma_data / total, 1 / total
+        c_skip, c_out, c_in = self.coefficients(sigma)
         c_noise = (sigma.log() / 4).flatten().expand(len(z))  # (B,)
         f = self.model(c_in * z, c_noise, labels, augment_labels)  # (B, C, H, W)
         return (c_skip * z + c_out * f.to(dtype)).to(x.dtype)

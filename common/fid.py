@@ -139,9 +139,15 @@ def feature_extractor(dataset_name, device, inception=None, data_dir=None, steps
             return FeatureExtractor("inception", _digest(net), 2048, device, net)
     elif inception is not None:
         raise UsageError(f"--inception {inception}: Inception sees colour images only, and {dataset_name} is grey; leave it out")
-    net = load_classifier(dataset_name, device, data_dir=data_dir, steps=steps)
+    return classifier_features(dataset_name, device, data_dir, steps)
+
+
+def classifier_features(dataset_name, device, data_dir=None, steps=None, seed=0):
+    """The FeatureExtractor of the data set's own classifier; `seed` 1, 2, ...: of one trained apart from it."""
+    net = load_classifier(dataset_name, device, seed, data_dir, steps)
     digest = _digest(net)
-    name = f"{dataset_name}-classifier" + ("" if dataset_name == "digits" else f"-{digest[:6]}")
+    shipped = (dataset_name, seed) == ("digits", 0)
+    name = f"{dataset_name}-classifier" + (f"-seed{seed}" if seed else "") + ("" if shipped else f"-{digest[:6]}")
     return FeatureExtractor(name, digest, net.head.in_features, device, lambda images: net(to_float(images))[0])
 
 
@@ -157,6 +163,11 @@ def moments_of(images, extractor, what="features", batch_size=250):
     for batch in tqdm(images.split(batch_size), what, dynamic_ncols=True, mininterval=0.5, leave=False):
         moments.add(extractor(batch))
     return moments
+
+
+def features_of(images, extractor, batch_size=250):
+    """uint8 images (N, C, H, W) -> features (N, D) on the extractor's device."""
+    return torch.cat([extractor(batch) for batch in images.split(batch_size)])
 
 
 def reference_moments(dataset_name, extractor, data_dir=None, split="train", device="cpu"):
@@ -221,21 +232,61 @@ def fid_of_images(images, extractor, reference):
     return frechet_distance(*moments_of(images, extractor).mean_cov(), *reference[:2])
 
 
+def precision_recall(real, fake, k=3, batch_size=1000):
+    """Shares of fake features (N, D) among the real ones (M, D), and of real among fake (Kynkaanniemi et al. 2019, arXiv:1904.06991).
+
+    A point is among a set if it lies in the ball around one of its points whose radius is the distance to that point's k-th nearest
+    neighbour in the set. Precision falls when images are wrong, recall when kinds of images are missing.
+    """
+    real, fake = real.double(), fake.double()
+
+    def share(points, x):
+        radii = torch.cat([torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(batch_size)])  # the nearest is itself
+        return torch.cat([(torch.cdist(part, x) <= radii).any(1) for part in points.split(batch_size)]).double().mean().item()
+
+    return share(fake, real), share(real, fake)
+
+
 @dataclass
 class Judge:
-    """A feature extractor and the moments of the real images in its space: the FID columns of every row of metrics.json."""
+    """Feature extractors and the moments of the real images in their spaces: the FID columns of every row of metrics.json."""
     extractor: FeatureExtractor
     reference: tuple
+    unseen: "Judge | None" = None  # the same in a second space, for methods whose loss looks at features
+    real: torch.Tensor | None = None  # features of the real images (M, D), for precision and recall
 
     def row(self, x0):
-        """`fid`, `fid_features` and `fid_n` of generated images x0 (n, C, H, W) in [-1, 1], judged as the uint8 images they become."""
-        return {"fid": fid_of_images(to_uint8(x0), self.extractor, self.reference), "fid_features": self.extractor.name, "fid_n": len(x0)}
+        """`fid`, `fid_features` and `fid_n` of generated images x0 (n, C, H, W) in [-1, 1], judged as the uint8 images they become.
+
+        With a second space also `fid_unseen` and `fid_unseen_features`. Precision and recall, if asked for, are those of the second.
+        """
+        row = {"fid": fid_of_images(to_uint8(x0), self.extractor, self.reference), "fid_features": self.extractor.name, "fid_n": len(x0)}
+        if self.unseen:
+            second = self.unseen.row(x0)
+            row.update(fid_unseen=second["fid"], fid_unseen_features=second["fid_features"])
+            row.update({name: value for name, value in second.items() if not name.startswith("fid")})
+        if self.real is not None:
+            row["precision"], row["recall"] = precision_recall(self.real, features_of(to_uint8(x0), self.extractor))
+            row["precision_recall_features"] = self.extractor.name
+        return row
 
 
-def make_judge(dataset_name, device, data_dir=None, inception=None, reference=None, smoke=False):
+def make_judge(dataset_name, device, data_dir=None, inception=None, reference=None, smoke=False, unseen=False, recall=False):
     """The Judge of a data set. Make it before any long work: data or weights that cannot be had are found out here.
 
-    `inception`: as in `feature_extractor`; `reference`: an .npz of moments instead of those of the training images.
+    `inception`: as in `feature_extractor`; `reference`: an .npz of moments instead of those of the training images; `unseen`: measure
+    also with a classifier of the same data trained from another seed, whose features no loss has seen; `recall`: also precision and
+    recall, against at most 50,000 training images.
     """
-    extractor = feature_extractor(dataset_name, device, inception, data_dir, steps=5 if smoke else None)
-    return Judge(extractor, load_moments(reference, extractor) if reference else reference_moments(dataset_name, extractor, data_dir))
+    steps = 5 if smoke else None
+    extractor = feature_extractor(dataset_name, device, inception, data_dir, steps)
+    second = None
+    if unseen:
+        other = classifier_features(dataset_name, device, data_dir, steps, seed=1)
+        second = Judge(other, reference_moments(dataset_name, other, data_dir))
+    reference = load_moments(reference, extractor) if reference else reference_moments(dataset_name, extractor, data_dir)
+    judge = Judge(extractor, reference, second)
+    if recall:
+        images = load_dataset(dataset_name, "train", data_dir).images[:50_000]
+        (second or judge).real = features_of(images, (second or judge).extractor)
+    return judge

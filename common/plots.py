@@ -27,6 +27,10 @@ def save_curves(path, curves, xlabel, ylabel, title="", log=""):
     for label, (xs, ys) in curves.items():
         axis.plot(xs, ys, marker="." if len(xs) < 40 else None, label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
+    points = sorted({x for xs, _ in curves.values() for x in xs})
+    if "x" in log and len(points) < 13 and all(isinstance(x, int) for x in points):  # counts: 1, 2, 4 instead of 10^0, 2 x 10^0, ...
+        axis.set_xticks(points, map(str, points))
+        axis.set_xticks([], minor=True)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -48,5 +52,19 @@ def save_sigma_grids(path, grids, title="", floor=1e-3):
     axis.set_ylim(-0.6, len(grids) - 0.2)
     axis.invert_xaxis()
     axis.grid(alpha=0.3, axis="x")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def save_heatmap(path, rows, xs, xlabel, title=""):
+    """One labelled row of colours per entry of `rows`, {label: values}, over the positions `xs` (their labels are thinned out)."""
+    figure = Figure(figsize=(7, 0.22 * len(rows) + 1.3), dpi=120)
+    axis = figure.subplots()
+    image = axis.imshow(np.array(list(rows.values()), dtype=float), aspect="auto", cmap="viridis", interpolation="nearest")
+    every = max(1, len(xs) // 8)
+    axis.set(xlabel=xlabel, title=title, yticks=range(len(rows)), xticks=range(0, len(xs), every))
+    axis.set_yticklabels(list(rows), fontsize=7)
+    axis.set_xticklabels([f"{x:.3g}" for x in xs[::every]], fontsize=8)
+    figure.colorbar(image)
     figure.tight_layout()
     figure.savefig(path)

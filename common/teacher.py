@@ -42,6 +42,7 @@ def read_teacher(path):
         raise UsageError(f"--teacher {path}: this is a {state['fewstep']} checkpoint, not a teacher")
     denoiser = Denoiser(ARCHS[state["arch"]](**state["kwargs"]), state["sigma_data"])
     denoiser.load_state_dict(state["weights"])
+    denoiser.arch, denoiser.kwargs = state["arch"], state["kwargs"]  # what `save_teacher` needs to write a student of the same shape
     return denoiser
 
 

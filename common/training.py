@@ -381,7 +381,8 @@ def table(results, columns):
     heads = []
     for column in columns:
         first = next((r for r in results if r.get(column) is not None), {})
-        heads.append(f"fid [{first.get('fid_features')}, n={first.get('fid_n')}]" if column == "fid" else column)
+        space = first.get(f"{column}_features")
+        heads.append(f"{column} [{space}, n={first['fid_n']}]" if space else column)
     cells = [["not run" if r.get(c) is None else f"{r[c]:.4g}" if isinstance(r[c], float) else str(r[c]) for c in columns] for r in results]
     widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))

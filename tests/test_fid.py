@@ -10,7 +10,8 @@ from torch import nn
 from common import fid
 from common.classifier import Classifier
 from common.datasets import load_dataset, to_float, to_uint8
-from common.fid import Inception, Moments, feature_extractor, fid_of_images, frechet_distance, generate, load_moments, reference_moments
+from common.fid import (Inception, Moments, feature_extractor, fid_of_images, frechet_distance, generate, load_moments, make_judge,
+                        precision_recall, reference_moments)
 from common.training import UsageError, noise_from_seeds
 
 
@@ -264,3 +265,47 @@ def test_fid_of_images_falls_as_they_get_better():
     features = extractor(to_uint8(x + 0.3 * noise)).double().numpy()
     expected = frechet_distance(features.mean(0), np.cov(features, rowvar=False), *reference[:2])
     assert scores[2] == pytest.approx(expected, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- precision and recall
+
+def brute_force(real, fake, k):
+    """Kynkaanniemi et al. 2019, section 3.1, point by point."""
+    def share(points, x):
+        radius = [sorted(float(np.linalg.norm(a - b)) for j, b in enumerate(x) if j != i)[k - 1] for i, a in enumerate(x)]
+        return np.mean([any(np.linalg.norm(p - a) <= r for a, r in zip(x, radius)) for p in points])
+    return share(fake, real), share(real, fake)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_precision_and_recall_are_those_of_the_definition(k, batch_size):
+    rng = np.random.default_rng(0)
+    for shift, scale in ((0, 1), (1, 0.5), (0, 3)):
+        real, fake = rng.normal(size=(40, 6)), shift + scale * rng.normal(size=(50, 6))
+        found = precision_recall(torch.from_numpy(real).float(), torch.from_numpy(fake).float(), k, batch_size)
+        assert found == pytest.approx(brute_force(real, fake, k)) and 0 < max(found) and found[0] != found[1]
+
+
+def test_precision_sees_wrong_images_and_recall_missing_ones():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 4, generator=generator)
+    assert precision_recall(x, x) == (1, 1) and precision_recall(x, x + 100) == (0, 0)
+    precision, recall = precision_recall(x, x[:100])  # some kinds of images are missing
+    assert precision == 1 and 0.3 < recall < 1
+    precision, recall = precision_recall(x, torch.cat([x, x + 100]))  # half of the images are wrong
+    assert precision == 0.5 and recall == 1
+
+
+def test_judge_gives_recall_in_the_space_that_no_loss_has_seen():
+    judge = make_judge("digits", "cpu", smoke=True, unseen=True, recall=True)  # the second classifier after 5 steps
+    real = load_dataset("digits").images
+    x0 = to_float(load_dataset("digits", "test").images)
+    row = judge.row(x0)
+    expected = precision_recall(judge.unseen.extractor(real), judge.unseen.extractor(to_uint8(x0)))
+    assert (row["precision"], row["recall"]) == pytest.approx(expected) and 0 < row["recall"] != row["precision"] < 1
+    assert row["precision_recall_features"] == row["fid_unseen_features"] != row["fid_features"]
+    assert row["fid"] == make_judge("digits", "cpu").row(x0)["fid"] != row["fid_unseen"]
+    alone = make_judge("digits", "cpu", recall=True).row(x0)
+    assert alone["precision_recall_features"] == "digits-classifier" and alone["recall"] != row["recall"] and "fid_unseen" not in alone
+    assert "recall" not in make_judge("digits", "cpu", smoke=True, unseen=True).row(x0)

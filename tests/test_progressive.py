@@ -1,0 +1,433 @@
+"""progressive.py against numbers of the official code (golden/README.md section 5), closed forms, itself, and end to end."""
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import progressive
+from common.diffusion import Denoiser, GaussianMixture, expand, sigma_grid, v_from_x0
+from common.solvers import euler
+from common.teacher import load_teacher, save_teacher
+from common.training import Run, UsageError
+from common.unet import ddpmpp
+
+ROOT = Path(__file__).parent.parent
+FILE = np.load(ROOT / "tests" / "golden" / "pd_cfd.npz")
+KEYS = [run["key"] for run in json.loads(str(FILE["config"]))["runs"]]
+
+
+def golden(name):
+    return torch.as_tensor(FILE[name], dtype=torch.float64)
+
+
+class Case:
+    """One golden run in our variables: VP's alpha and sigma at index t give sigma = s / a and x = z / a; DDIM is Euler in it."""
+
+    def __init__(self, key):
+        self.teacher = GaussianMixture(golden("gmm_means").view(5, 3, 2, 2), golden("gmm_stds"))
+        self.a, self.s = golden(f"{key}/sqrt_alphas_bar"), golden(f"{key}/sqrt_one_minus_alphas_bar")
+        self.t = torch.as_tensor(FILE[f"{key}/t"])
+        self.sigma, self.sigma_mid, self.sigma_end = ((self.s / self.a)[self.t - k] for k in (0, 1, 2))
+        self.z = golden(f"{key}/z_t")
+        self.x = self.z / expand(self.a[self.t], self.z)
+        self.target = golden(f"{key}/x_target")
+        self.epsilon = key.endswith("epsilon")
+
+    def student(self, a, b, c):
+        """The golden student's answer as x0: its output is a * teacher's + b z + c, read as x or as eps."""
+        alpha, s = expand(self.a[self.t], self.z), expand(self.s[self.t], self.z)
+        x0 = self.teacher(self.x, self.sigma)
+        if not self.epsilon:
+            return a * x0 + b * self.z + c
+        return (self.z - s * (a * (self.z - alpha * x0) / s + b * self.z + c)) / alpha
+
+
+def student_parameters():
+    return [golden(f"student_{k}").clone().requires_grad_(True) for k in "abc"]
+
+
+# ------------------------------------------------------------------------------------------------------------------- the method
+
+@pytest.mark.parametrize("key", KEYS)
+def test_target_of_the_official_code(key):
+    case = Case(key)
+    torch.testing.assert_close(case.x, golden("x0") + expand(case.sigma, case.x) * golden("noise"), rtol=1e-12, atol=1e-12)
+    ours = progressive.two_step_target(case.teacher, case.x, case.sigma, case.sigma_mid, case.sigma_end)
+    torch.testing.assert_close(ours, case.target, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("weight,official", [("constant", "x"), ("snr", "eps"), ("truncated", "both")])
+@pytest.mark.parametrize("key", KEYS)
+def test_losses_and_gradients_of_the_official_code(key, weight, official):
+    """Errors in eps are errors in x over sigma, so their loss in eps has our weight 1 / sigma^2, and `both` the larger of the two."""
+    case, parameters = Case(key), student_parameters()
+    x0_hat = case.student(*parameters)
+    torch.testing.assert_close(x0_hat.detach(), golden(f"{key}/x_pred"), rtol=1e-9, atol=1e-9)
+    loss = progressive.pd_loss(x0_hat, case.target, case.sigma, weight)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), golden(f"{key}/pd_{official}_loss"), rtol=1e-9, atol=0)
+    gradients = torch.cat([p.grad.flatten() for p in parameters])
+    torch.testing.assert_close(gradients, golden(f"{key}/pd_{official}_grad_abc"), rtol=1e-8, atol=1e-9)
+
+
+def test_snr_plus_one_is_the_error_in_v():
+    x, x0_hat, target = torch.randn(3, 5, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.1, 0.7, 1.0, 3.0, 50.0], dtype=torch.float64)
+    errors = (v_from_x0(x0_hat, x, sigma) - v_from_x0(target, x, sigma)).square().mean()
+    torch.testing.assert_close(progressive.pd_loss(x0_hat, target, sigma, "snr+1"), errors)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("key", [k for k in KEYS if k.endswith("xstart")])
+def test_plain_ddim_of_the_official_code(key, stride):
+    case = Case(key)
+    start = golden("noise") / case.a[8]  # their x_T is unit noise in VP's variables
+    x = euler(case.teacher, start, (case.s / case.a)[range(8, -1, -stride)])
+    torch.testing.assert_close((case.a[0] * x).clamp(-1, 1), golden(f"{key}/ddim_stride{stride}_clip0"), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("key", KEYS[:1])
+def test_one_step_to_the_target_lands_where_two_of_the_teacher_do(key):
+    case = Case(key)
+    for sigma, mid, end in [(80.0, 10.0, 2.0), (2.0, 1.0, 0.0), (80.0, 80.0, 5.0)]:
+        x, levels = sigma * case.z, [torch.full((6,), v, dtype=torch.float64) for v in (sigma, mid, end)]
+        target = progressive.two_step_target(case.teacher, x, *levels)
+        landed = euler(case.teacher, x, torch.tensor([sigma, mid, end] if mid < sigma else [sigma, end]).double())
+        one_step = euler(lambda x, s, target=target: target, x, torch.tensor([sigma, end]).double())
+        torch.testing.assert_close(one_step, landed, rtol=1e-12, atol=1e-12)
+        if end == 0:  # the official code's rule for i = 0
+            middle = euler(case.teacher, x, torch.tensor([sigma, mid]).double())
+            torch.testing.assert_close(target, case.teacher(middle, mid), rtol=1e-12, atol=1e-12)
+
+
+class TwoSteps(nn.Module):
+    """The student that PD would end with: its answer at every level is the target itself."""
+
+    def __init__(self, teacher, rows, swapped=False):
+        super().__init__()
+        self.teacher, self.rows, self.swapped = teacher, rows, swapped
+
+    def forward(self, x, sigma):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).expand(len(x))
+        rows = self.rows[(self.rows[:, 0] - sigma[:, None]).abs().argmin(1)]
+        return progressive.two_step_target(self.teacher, x, *rows.T)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 100])
+def test_the_exact_student_walks_like_the_teacher_in_half_the_steps(n):
+    """n steps of the exact student end where 2n of the teacher do; its loss is 0, and is not when t' and t'' change places."""
+    case = Case(KEYS[0])
+    rows = progressive.stage_levels(n, 80.0)
+    student, x = TwoSteps(case.teacher, rows), 80 * golden("noise")
+    ours = euler(student, x, progressive.ddim_levels(n, 80.0))
+    torch.testing.assert_close(ours, euler(case.teacher, x, progressive.ddim_levels(2 * n, 80.0)), rtol=1e-9, atol=1e-9)
+    sigma, mid, end = rows[torch.arange(6) % len(rows)].T
+    x = golden("x0") + expand(sigma, x) * golden("noise")
+    assert progressive.pd_loss(student(x, sigma), progressive.two_step_target(case.teacher, x, sigma, mid, end), sigma) == 0
+    swapped = progressive.two_step_target(case.teacher, x, sigma, end.clamp(min=0.01), mid)
+    assert progressive.pd_loss(student(x, sigma), swapped, sigma) > 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------------- levels and stages
+
+@pytest.mark.parametrize("n", [1, 2, 16, 62])
+def test_levels_are_the_cosine_grid_and_nest(n):
+    rows, grid = progressive.stage_levels(n, 80.0), sigma_grid("cosine", 2 * n, 0.0, 80.0)
+    torch.testing.assert_close(rows[:, 0], grid[:-2:2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(rows[:, 1], grid[1::2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(rows[:, 2], grid[2::2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(progressive.ddim_levels(2 * n, 80.0), grid, rtol=1e-12, atol=0)
+    i = torch.arange(n, 0, -1).double()
+    expected = [torch.tan(torch.pi / 2 * t / n).clamp(max=80) for t in (i, i - 0.5, i - 1)]
+    expected[0][0] = 80.0
+    torch.testing.assert_close(rows, torch.stack(expected, 1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("n", [128, 1024, 4096, 8192])
+def test_steps_above_sigma_max_are_left_out(n):
+    rows = progressive.stage_levels(n, 80.0)
+    t = torch.arange(n, 0, -1).double() / n
+    left_out = (torch.tan(torch.pi / 2 * (t - 1 / n)) >= 80).sum().item()
+    assert left_out > 0 and len(rows) == n - left_out
+    assert (rows[:, 0] >= rows[:, 1]).all() and (rows[:, 1] > rows[:, 2]).all() and rows[0, 0] == 80 and rows[-1, 2] == 0
+    torch.testing.assert_close(rows[1:, 0], rows[:-1, 2], rtol=0, atol=0)  # each step begins where the one before it ends
+    levels = progressive.ddim_levels(n, 80.0)
+    assert (levels[1:] < levels[:-1]).all() and len(levels) == len(rows) + 1
+
+
+def test_the_docstring_counts_the_steps_left_out():
+    left_out = 8192 - len(progressive.stage_levels(8192, 80.0))
+    assert f"first {left_out} of 8192" in progressive.__doc__
+
+
+def test_plan_halves_and_doubles():
+    assert progressive.plan(8, 1, 10) == [(8, 0, 10), (4, 10, 20), (2, 20, 40), (1, 40, 60)]
+    assert progressive.plan(8, 4, 7) == [(8, 0, 7), (4, 7, 14)]
+    assert progressive.plan(2, 4, 7) == []
+    paper = progressive.stages_of(progressive.Config(dataset="cifar10"))
+    assert paper[0][0] == 4096 and paper[-1] == (1, 650_000, 750_000)  # PAPERS.md: 11 stages of 50k and 2 of 100k
+    assert progressive.stages_of(progressive.Config(prediction="v", updates=5))[0] == (16, 0, 5)
+
+
+@pytest.mark.parametrize("prediction", ["x", "v", "eps"])
+def test_predictions_mean_what_they_are_called(prediction):
+    """A network that gives the true x0, v or eps of x makes a denoiser that gives the true x0."""
+    x0, noise = torch.randn(2, 4, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.05, 0.8, 3.0, 60.0], dtype=torch.float64)
+    x = x0 + expand(sigma, x0) * noise
+    truth = {"x": x0, "eps": noise, "v": v_from_x0(x0, x, sigma)}[prediction]
+    seen = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, z, c_noise, labels, augment_labels):
+            seen.append((z, c_noise))
+            return truth
+
+    torch.testing.assert_close(progressive.Predicts(Net(), 0.5, prediction)(x, sigma), x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(seen[0][0], x / (expand(sigma, x) ** 2 + 0.25).sqrt())
+    torch.testing.assert_close(seen[0][1], sigma.log() / 4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- training
+
+class Line(nn.Module):
+    """A denoiser that can be any a(sigma) x + b(sigma) on the levels of a fine cosine grid: all that a Gaussian asks for."""
+
+    class net:
+        img_shape, label_dim = (1, 8, 8), 0
+
+    arch, kwargs, sigma_data = "line", {}, 0.5
+
+    def __init__(self, n, mean, std):
+        super().__init__()
+        self.register_buffer("levels", progressive.ddim_levels(n, 80.0)[:-1].float())
+        s2 = self.levels**2
+        self.gain = nn.Parameter(std**2 / (std**2 + s2) * (1 + s2).sqrt())  # of x / sqrt(1 + sigma^2), to be of one size
+        self.offset = nn.Parameter(mean * s2 / (std**2 + s2))
+
+    def forward(self, x, sigma):
+        sigma = torch.as_tensor(sigma, dtype=torch.float32).expand(len(x))
+        at = (self.levels[:, None] - sigma).abs().argmin(0)
+        gain, offset = (expand(p[at].to(x.dtype), x) if not p.requires_grad else p[at].view(-1, 1, 1, 1) for p in (self.gain, self.offset))
+        return gain * x / (1 + expand(sigma, x) ** 2).sqrt() + offset
+
+
+def test_trained_on_one_gaussian_it_is_the_exact_map(tmp_path):
+    """4 -> 2 -> 1 by `train` itself: the one-step student maps noise where four exact DDIM steps do."""
+    teacher = Line(4, 0.3, 0.4).requires_grad_(False)
+    exact = copy.deepcopy(teacher)
+    config = progressive.Config(from_steps=4, updates=500, batch_size=32, lr=0.03, clip=100.0, out=str(tmp_path), device="cpu")
+    student = progressive.train(config, teacher=teacher).requires_grad_(False)
+    noise = torch.randn(64, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth = euler(exact, 80 * noise, progressive.ddim_levels(4, 80.0))
+    plain = euler(exact, 80 * noise, progressive.ddim_levels(1, 80.0))
+    ours = euler(student, 80 * noise, progressive.ddim_levels(1, 80.0))
+    assert (ours - truth).square().mean().sqrt() < 0.02 * (plain - truth).square().mean().sqrt()
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), exact.parameters()))  # nobody trained the teacher
+    two = torch.load(tmp_path / "student-2.pt", weights_only=True)["weights"]
+    middle = copy.deepcopy(exact)
+    middle.load_state_dict(two)
+    ours = euler(middle, 80 * noise, progressive.ddim_levels(2, 80.0))
+    assert (ours - truth).square().mean().sqrt() < 0.02 * (plain - truth).square().mean().sqrt()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A teacher file of a few thousand parameters with dropout, which distillation must leave out."""
+    torch.manual_seed(0)
+    kwargs = dict(img_resolution=8, img_channels=1, label_dim=0, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[],
+                  dropout=0.5)
+    denoiser = Denoiser(ddpmpp(**kwargs))
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    path = tmp_path_factory.mktemp("teacher") / "tiny.pt"
+    save_teacher(path, denoiser, "ddpmpp", kwargs, "digits")
+    return str(path)
+
+
+def tiny_config(tiny, out, **more):
+    return progressive.Config(**{"teacher": tiny, "from_steps": 4, "updates": 4, "batch_size": 8, "lr": 1e-3, "eval_n": 32, "out": str(out),
+                                 "device": "cpu", **more})
+
+
+def test_the_student_starts_as_the_teacher_without_dropout(tiny):
+    teacher = load_teacher(tiny, "digits", torch.device("cpu"))
+    student = progressive.make_student(teacher)
+    x, sigma = torch.randn(4, 1, 8, 8), torch.tensor([0.1, 1.0, 5.0, 80.0])
+    assert torch.equal(student(x, sigma), teacher(x, sigma)) and torch.equal(student(x, sigma), student(x, sigma))
+    assert all(p.requires_grad for p in student.parameters()) and not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("more", [{}, {"ema": 0.9}, {"prediction": "v"}])
+def test_resumed_training_equals_an_uninterrupted_one_bitwise(tiny, tmp_path, monkeypatch, more):
+    whole = progressive.train(tiny_config(tiny, tmp_path / "whole", **more))
+    config, original, calls = tiny_config(tiny, tmp_path / "cut", **more), progressive.pd_loss, []
+
+    def crash(*arguments):  # in the middle of the second stage
+        calls.append(1)
+        return original(*arguments) if len(calls) < 8 else 1 / 0
+
+    monkeypatch.setattr(progressive, "pd_loss", crash)
+    with pytest.raises(ZeroDivisionError):
+        progressive.train(config, Run("progressive", config, checkpoint_seconds=0))
+    monkeypatch.setattr(progressive, "pd_loss", original)
+    config.resume = True
+    run = Run("progressive", config)
+    assert run.restored["step"] == 7
+    resumed = progressive.train(config, run)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    for name in ("student-2.pt", "student-1.pt"):
+        a, b = (torch.load(tmp_path / folder / name, weights_only=True)["weights"] for folder in ("whole", "cut"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_every_stage_starts_from_the_one_before(tiny, tmp_path):
+    """Two stages in one run, and the second alone with --teacher student-2.pt: it begins where the first one ended."""
+    progressive.train(tiny_config(tiny, tmp_path / "run"))
+    targets, original = [], progressive.two_step_target
+    student = load_teacher(str(tmp_path / "run" / "student-2.pt"), "digits", torch.device("cpu"))
+    config = tiny_config(str(tmp_path / "run" / "student-2.pt"), tmp_path / "part", from_steps=2)
+    assert progressive.stages_of(config) == [(1, 0, 8)]
+
+    def spy(teacher, x, *levels):
+        targets.append(all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters())))
+        return original(teacher, x, *levels)
+
+    progressive.two_step_target = spy
+    try:
+        progressive.train(config)
+        assert targets == [True] * 8  # the teacher of the stage is frozen
+        targets.clear()
+        progressive.train(tiny_config(tiny, tmp_path / "again"))
+        assert targets == [False] * 8 + [True] * 8
+    finally:
+        progressive.two_step_target = original
+
+
+def test_rate_falls_to_zero_in_every_stage_and_adam_forgets(tiny, tmp_path, monkeypatch):
+    rates, ages = [], []
+    step = torch.optim.Adam.step
+
+    def spy(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        ages.append(max([int(s["step"]) for s in self.state.values()], default=0))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    progressive.train(tiny_config(tiny, tmp_path, lr=1.0))
+    np.testing.assert_allclose(rates, [*(1 - k / 8 for k in range(8)), *(1 - k / 8 for k in range(8))])
+    assert ages == [*range(8), *range(8)]
+
+
+def test_ema_is_what_a_stage_hands_on(tiny, tmp_path):
+    """With decay 0.999999 nothing moves: the student of every stage is the teacher."""
+    progressive.train(tiny_config(tiny, tmp_path, ema=0.999999, lr=1e-2))
+    teacher = load_teacher(tiny, "digits", torch.device("cpu"))
+    for n in (2, 1):
+        student = progressive.read_student(tmp_path / f"student-{n}.pt", teacher)
+        for a, b in zip(teacher.parameters(), student.parameters()):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- the command line
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["progressive.py", *map(str, arguments)])
+    progressive.main()
+
+
+def test_smoke_leaves_everything_behind(monkeypatch, tmp_path, capsys):
+    run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert [(r["name"], r["nfe"]) for r in metrics["results"]] == [
+        ("ddim", 4), ("ddim-edm", 4), ("ddim", 2), ("ddim-edm", 2), ("pd", 2), ("ddim", 1), ("ddim-edm", 1), ("pd", 1), ("teacher", 35)]
+    assert all(math.isfinite(r["fid"]) and r["fid_n"] == 32 and r["fid_features"] == "digits-classifier" for r in metrics["results"])
+    assert all(math.isfinite(r["fid_unseen"]) and "seed1" in r["fid_unseen_features"] for r in metrics["results"])
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.json", "samples.png", "fid.png", "log.jsonl", "checkpoint.pt", "student-2.pt",
+                                                    "student-1.pt"}
+    by_name = {(r["name"], r["nfe"]): r["rmse_to_teacher"] for r in metrics["results"]}
+    assert by_name["ddim", 4] < by_name["ddim", 1] and by_name["teacher", 35] == 0  # 4 steps are nearer to 35 than 1 is
+    first = capsys.readouterr().out.split("name ", 1)[1].splitlines()[1:10]
+    run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path, "--resume")  # done: only measured and sampled again
+    assert capsys.readouterr().out.split("name ", 1)[1].splitlines()[1:10] == first
+
+
+def test_a_student_can_be_sampled_later(monkeypatch, tmp_path, tiny):
+    run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "a", "--teacher", tiny)
+    student = tmp_path / "a" / "student-1.pt"
+    run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "b", "--teacher", student, "--from-steps", 1, "--nfe", 1)
+    a, b = (json.loads((tmp_path / k / "metrics.json").read_text())["results"] for k in "ab")
+    ours = next(r for r in a if (r["name"], r["nfe"]) == ("pd", 1))
+    again = next(r for r in b if (r["name"], r["nfe"]) == ("ddim", 1))  # one DDIM step of it, and no training at all
+    assert ours["fid"] == again["fid"] and [r["name"] for r in b] == ["ddim", "ddim-edm", "teacher"]
+
+
+def test_a_network_in_another_form_is_no_teacher(monkeypatch, tmp_path, tiny):
+    run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path, "--teacher", tiny, "--prediction", "eps")
+    rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert [r["nfe"] for r in rows if r["name"] == "pd"] == [4, 2, 1]
+    with pytest.raises(UsageError, match="eps-predicting student"):
+        load_teacher(str(tmp_path / "student-1.pt"), "digits", torch.device("cpu"))
+    with pytest.raises(UsageError):
+        progressive.read_student(tmp_path / "nothing.pt", load_teacher(tiny, "digits", torch.device("cpu")))
+
+
+@pytest.mark.parametrize("arguments,names", [
+    (["--from-steps", "12"], ["--from-steps 12", "power of 2"]),
+    (["--from-steps", "2", "--to-steps", "4"], ["--from-steps 2", "4"]),
+    (["--to-steps", "0"], ["--to-steps 0"]),
+    (["--nfe", "3"], ["--nfe 3", "16, 8, 4, 2, 1"]),
+    (["--updates", "0"], ["--updates 0"]),
+    (["--lr", "-1"], ["--lr -1"]),
+    (["--ema", "1"], ["--ema 1"]),
+    (["--sigma-max", "0"], ["--sigma-max 0"]),
+    (["--prediction", "score"], ["prediction", "score"]),
+    (["--weight", "none"], ["weight", "none"]),
+    (["--teacher", "FOREIGN"], ["foreign.pt"]),
+    (["--dataset", "cifar10"], ["teacher", "cifar10"]),
+    (["--resume"], ["checkpoint.pt"]),
+    (["--device", "cuda:99"], ["--device cuda:99"]),
+])
+def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
+    foreign = tmp_path / "foreign.pt"
+    foreign.write_bytes(b"\x80\x04not ours")
+    with pytest.raises(UsageError) as error:
+        run_main(monkeypatch, "--out", tmp_path / "run", *[foreign if a == "FOREIGN" else a for a in arguments])
+    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names), error.value
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_a_short_training_beats_ddim(tmp_path):
+    """Digits, 8 -> 4 in 100 updates: nearer to the training images than the teacher with 4 DDIM steps, by far."""
+    options = ["--from-steps", "8", "--to-steps", "4", "--updates", "100", "--nfe", "4", "--eval-n", "512", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, "progressive.py", "--device", "cpu", *options], cwd=ROOT, check=True, capture_output=True)
+    fid = {r["name"]: r["fid"] for r in json.loads((tmp_path / "metrics.json").read_text())["results"]}
+    assert fid["pd"] < 0.6 * min(fid["ddim"], fid["ddim-edm"]), fid
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(tmp_path, tiny):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for k in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={k}"] if k > 1 else []
+        subprocess.run([sys.executable, *launcher, "progressive.py", "--device", "cpu", "--teacher", tiny, "--from-steps", "4", "--updates",
+                        "4", "--batch-size", "16", "--eval-n", "16", "--out", str(tmp_path / str(k))],
+                       cwd=ROOT, env=environment, check=True, capture_output=True)
+    for name in ("student-2.pt", "student-1.pt"):
+        a, b = (torch.load(tmp_path / str(k) / name, weights_only=True)["weights"] for k in (1, 2))
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
