@@ -8,22 +8,27 @@ Loss: E || D(x0 + sigma noise, sigma) - x0 ||^2 (sigma^2 + sigma_data^2) / (sigm
 Table 1). Not EDM's: the learning rate falls linearly to 0 (theirs stays constant; a decay suits short runs), no augmentation.
 """
 import copy
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from common import unet
-from common.datasets import DATASETS, Stream, fingerprint, load_dataset, to_uint8
+from common.datasets import DATASETS, Stream, fingerprint, load_dataset, locked, to_uint8
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
+from common.edm_pickle import NAMES, PUBLIC, read_edm_pickle
 from common.fid import generate, make_judge
 from common.plots import save_rows
 from common.solvers import heun
-from common.training import (Run, UsageError, autocast, average_gradients, cache_dir, cli, ema_decay, ema_update, fill_from_presets,
-                             load_checkpoint, option, parse_config, require, save_checkpoint, table)
+from common.training import (Run, UsageError, autocast, average_gradients, cache_dir, cli, download, ema_decay, ema_update,
+                             fill_from_presets, load_checkpoint, option, parse_config, require, save_checkpoint, save_json, table)
 
 ARCHS = {"ddpmpp": unet.ddpmpp, "ncsnpp": unet.ncsnpp, "adm": unet.adm}
 SHIPPED = {"digits": Path(__file__).parent / "assets" / "digits-teacher.pt"}
+DEFAULT = {"cifar10": "edm-cifar10-32x32-uncond-vp", "imagenet64": "edm-imagenet-64x64-cond-adm"}  # where none was trained here
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet64": (3, 64, 64)}
 
 
 # --------------------------------------------------------------------------------------------------------------- reading and writing
@@ -40,10 +45,45 @@ def read_teacher(path):
     state = load_checkpoint(path)
     if state["fewstep"] != "teacher":
         raise UsageError(f"--teacher {path}: this is a {state['fewstep']} checkpoint, not a teacher")
-    denoiser = Denoiser(ARCHS[state["arch"]](**state["kwargs"]), state["sigma_data"])
-    denoiser.load_state_dict(state["weights"])
+    return _denoiser(state, path)
+
+
+def _denoiser(state, path):
+    """{"arch", "kwargs", "sigma_data", "weights"} -> Denoiser, every name and shape as it must be."""
+    try:
+        denoiser = Denoiser(ARCHS[state["arch"]](**state["kwargs"]), state["sigma_data"])
+        denoiser.load_state_dict(state["weights"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"--teacher {path}: its weights do not fit its architecture ({' '.join(str(error).split())[:200]})") from None
     denoiser.arch, denoiser.kwargs = state["arch"], state["kwargs"]  # what `save_teacher` needs to write a student of the same shape
     return denoiser
+
+
+def read_edm(spec):
+    """A public EDM checkpoint (short name, URL or path of a .pkl) -> Denoiser on the CPU; kept in the cache in our own format.
+
+    A downloaded file's size and SHA-256 are recorded beside it, and checked whenever it is read again. Raises UsageError.
+    """
+    url = f"{PUBLIC}{spec}.pkl" if spec in NAMES else spec if "://" in spec else None
+    path = cache_dir() / Path(url).name if url else Path(spec)
+    with locked(cache_dir() / path.name):
+        fresh = url and not path.exists()
+        if url:
+            download(url, path, f"--teacher {spec}")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"--teacher {path}: {error.strerror}") from None
+        found, record = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}, path.with_name(path.name + ".json")
+        if fresh:
+            save_json(record, found)
+        elif url and record.exists() and json.loads(record.read_text()) != found:
+            raise UsageError(f"--teacher {spec}: {path} is no longer the file that was downloaded ({record.name}); delete it")
+        converted = cache_dir() / f"{path.stem}-{found['sha256'][:8]}.pt"
+        if not converted.exists():
+            state = read_edm_pickle(path)
+            save_teacher(converted, _denoiser(state, path), state["arch"], state["kwargs"], dataset=None)
+    return read_teacher(converted)
 
 
 def teacher_path(dataset, data_dir=None):
@@ -54,19 +94,21 @@ def teacher_path(dataset, data_dir=None):
 def load_teacher(spec, dataset, device, data_dir=None):
     """One call gives a teacher: a frozen `Denoiser` on `device`, in eval mode.
 
-    spec: None (the shipped teacher of `dataset`, or the one trained and cached here) | path to a checkpoint of `common.teacher`.
-    Raises UsageError when there is none, saying how to make it.
+    spec: None (the shipped teacher of `dataset`, or the one trained and cached here, or the public EDM one) | path to a checkpoint of
+    `common.teacher` | path, URL or short name of a public EDM .pkl (`common.edm_pickle.NAMES`), which is never executed.
+    Raises UsageError when there is none, saying how to get it, or when it makes images of another shape than the data set's.
     """
-    if spec is not None:
-        path = Path(spec)
-    else:
-        path = SHIPPED.get(dataset, teacher_path(dataset, data_dir))
-        if not path.exists():
+    if spec is None:
+        trained = SHIPPED.get(dataset, teacher_path(dataset, data_dir))
+        spec = str(trained) if trained.exists() else DEFAULT.get(dataset)
+        if spec is None:
             where = f" --data-dir {data_dir}" if data_dir else ""
-            raise UsageError(f"--teacher: no teacher for {dataset} yet (looked for {path}); train one with "
+            raise UsageError(f"--teacher: no teacher for {dataset} yet (looked for {trained}); train one with "
                              f"`python -m common.teacher --dataset {dataset}{where}`, or give --teacher PATH")
-    denoiser = read_teacher(path).to(device, memory_format=torch.channels_last)
-    return denoiser.eval().requires_grad_(False)
+    denoiser = read_edm(spec) if spec in NAMES or "://" in str(spec) or str(spec).endswith(".pkl") else read_teacher(spec)
+    right = SHAPES.get(dataset, denoiser.net.img_shape)
+    require(denoiser.net.img_shape == right, "teacher", spec, f"makes images of {denoiser.net.img_shape}, {dataset} has {right}")
+    return denoiser.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- training

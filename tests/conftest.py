@@ -1,11 +1,17 @@
-"""Every test: one thread (many tiny operations, several workers), and a cache of its own instead of the user's."""
+"""Every test: one thread (many tiny operations, several workers), a cache of its own instead of the user's, and no network."""
 import os
+import urllib.request
 
 import pytest
 import torch
+
+
+def _offline(url, timeout):
+    raise OSError("tests have no network")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_machine(tmp_path_factory):
     torch.set_num_threads(1)
     os.environ["FEWSTEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    urllib.request.urlopen = _offline

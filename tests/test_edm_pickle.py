@@ -1,0 +1,348 @@
+"""common/edm_pickle.py: pickles like NVIDIA's, made here, are read; pickles that want more than that are refused unread."""
+import collections
+import io
+import json
+import os
+import pickle
+import sys
+import types
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import teacher as teachers
+from common import unet
+from common.diffusion import Denoiser
+from common.edm_pickle import NAMES, TAKEN, read_edm_pickle
+from common.teacher import ARCHS, load_teacher
+from common.training import UsageError, cache_dir
+
+ROOT = Path(__file__).parent.parent
+SHAPES = json.loads((ROOT / "tests" / "golden" / "unet_shapes.json").read_text())
+CPU = torch.device("cpu")
+
+# A stand-in of torch_utils.persistence (golden/README.md, end of section 1): objects are saved as a call of one function with a
+# dictionary that holds the source of their class, which the real one executes.
+persistence = types.ModuleType("torch_utils.persistence")
+exec("def _reconstruct_persistent_obj(meta):\n    raise RuntimeError('the embedded source would be run here')", persistence.__dict__)
+persistence._reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+SOURCE = "import pathlib; pathlib.Path('HACKED').touch()"
+
+
+class Persistent(nn.Module):
+    """A module as NVIDIA saves it."""
+
+    def __init__(self, class_name, **attributes):
+        super().__init__()
+        self.__dict__.update(attributes, _class_name=class_name)
+
+    def __reduce__(self):
+        state = {k: v for k, v in self.__dict__.items() if k != "_class_name"}
+        meta = {"type": "class", "version": 6, "module_src": SOURCE, "class_name": self._class_name, "state": state}
+        return persistence._reconstruct_persistent_obj, (meta,)
+
+
+def persistent(module):
+    """Our module and all below it as Persistent; containers stay torch's."""
+    children = {name: persistent(child) for name, child in module._modules.items()}
+    if isinstance(module, nn.ModuleDict):
+        return nn.ModuleDict(children)
+    copy = Persistent(type(module).__name__)
+    copy._parameters, copy._buffers = module._parameters, module._buffers
+    copy._modules = collections.OrderedDict(children)
+    return copy
+
+
+NETS = {
+    "ddpmpp": (unet.ddpmpp, "SongUNet", {"embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
+                                         "channel_mult_noise": 1, "resample_filter": [1, 1]}),
+    "ncsnpp": (unet.ncsnpp, "SongUNet", {"embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "standard",
+                                         "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}),
+    "adm": (unet.adm, "DhariwalUNet", {}),
+}
+
+
+def edm_object(arch="ddpmpp", label_dim=0, augment_dim=9, resolution=16, **more):
+    """{"ema", "loss_fn", ...} as EDM's training loop saves it, and the Denoiser that it holds."""
+    factory, class_name, said = NETS[arch]
+    sizes = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.13, **more}
+    denoiser = Denoiser(factory(resolution, 3, label_dim, augment_dim, **sizes)).eval()
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    net = persistent(denoiser.net)
+    net.__dict__.update(_class_name=class_name, _init_args=(), _init_kwargs={
+        "img_resolution": resolution, "in_channels": 3, "out_channels": 3, "label_dim": label_dim, "augment_dim": augment_dim,
+        **sizes, **said})
+    ema = Persistent("EDMPrecond", sigma_data=np.float64(0.5), sigma_min=0, sigma_max=float("inf"), use_fp16=False, _init_args=(),
+                     _init_kwargs={"img_resolution": resolution, "img_channels": 3, "label_dim": label_dim, "model_type": class_name})
+    ema._modules["model"] = net
+    loss = Persistent("EDMLoss", P_mean=-1.2, P_std=1.2, sigma_data=0.5)
+    pipe = Persistent("AugmentPipe", p=0.12)
+    return {"ema": ema, "loss_fn": loss, "augment_pipe": pipe, "dataset_kwargs": {"path": "cifar10.zip"}}, denoiser
+
+
+def dump(value, protocol=4):
+    """pickle.dumps while torch_utils.persistence exists."""
+    sys.modules.update({"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence})
+    try:
+        return pickle.dumps(value, protocol)
+    finally:
+        del sys.modules["torch_utils"], sys.modules["torch_utils.persistence"]
+
+
+@pytest.fixture()
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # where the embedded source would leave its file
+    yield tmp_path / "cache"
+    assert not Path("HACKED").exists()
+
+
+def written(tmp_path, value, name="edm.pkl"):
+    path = tmp_path / name
+    path.write_bytes(value if isinstance(value, bytes) else dump(value))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ reading
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("label_dim,augment_dim", [(0, 9), (10, 0)])
+@pytest.mark.parametrize("arch", NETS)
+def test_a_genuine_pickle_gives_the_same_denoiser(arch, label_dim, augment_dim, protocol, tmp_path, cache):
+    more = {"model_channels": 64, "channel_mult": [1, 1]} if arch == "adm" else {}
+    value, original = edm_object(arch, label_dim, augment_dim, **more)
+    path = written(tmp_path, dump(value, protocol))
+    x, sigma = torch.randn(3, 3, 16, 16), torch.tensor([0.01, 1.0, 70.0])
+    labels = torch.tensor([1, 0, 9]) if label_dim else None
+    with torch.no_grad():
+        expected = original(x, sigma, labels)
+    for _ in range(2):  # the second time from the copy in our own format
+        loaded = load_teacher(path, "folder", CPU)
+        torch.testing.assert_close(loaded(x, sigma, labels), expected, rtol=1e-4, atol=2e-5)
+        assert loaded.arch == arch and loaded.net.label_dim == label_dim and loaded.net.augment_dim == augment_dim
+        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    copies = list(cache.glob("edm-*.pt"))
+    assert len(copies) == 1
+    assert all(torch.equal(a, b) for a, b in zip(load_teacher(str(copies[0]), "folder", CPU).parameters(), original.parameters()))
+
+
+def test_all_five_public_configurations_fit_strictly(cache):
+    """Names and shapes of golden/unet_shapes.json, at full size, into the networks that their constructor arguments make."""
+    totals = set()
+    for name, shapes in SHAPES.items():
+        if isinstance(shapes["parameters"], str):  # the same without augment labels: tests/test_unet.py
+            continue
+        said = shapes["kwargs"]
+        arch = "adm" if said["model_type"] == "DhariwalUNet" else {"positional": "ddpmpp", "fourier": "ncsnpp"}[said["embedding_type"]]
+        kwargs = {k: said[k] for k in ("img_resolution", "img_channels", "label_dim", "augment_dim", *TAKEN) if k in said}
+        with torch.device("meta"):
+            weights = {k: torch.empty(v) for k, v in {**shapes["parameters"], **shapes["buffers"]}.items()}
+            denoiser = teachers._denoiser({"arch": arch, "kwargs": kwargs, "sigma_data": 0.5, "weights": weights}, name)
+        total = sum(p.numel() for p in denoiser.parameters())
+        assert total == shapes["param_count"]
+        totals.add(total)
+    assert totals == {55_733_891, 55_735_299, 56_397_827, 56_400_643, 295_899_267}
+
+
+@pytest.mark.slow
+def test_a_full_size_cifar10_pickle(tmp_path, cache):
+    """223 MB, all 55.7 million weights of DDPM++."""
+    value, original = edm_object(resolution=32, model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])
+    loaded = load_teacher(written(tmp_path, value), "cifar10", CPU)
+    assert sum(p.numel() for p in loaded.parameters()) == 55_733_891
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------- refusing
+
+class Call:
+    """Pickles as a call of any function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Storage:
+    """A storage whose bytes are given."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __reduce__(self):
+        return torch.storage._load_from_bytes, (self.data,)
+
+
+def saved(tensor, **options):
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):  # torch itself still saves its deprecated storages
+        torch.save(tensor.storage(), buffer, **({"_use_new_zipfile_serialization": False} | options))
+    return buffer.getvalue()
+
+
+def with_weight(tensor):
+    value, _ = edm_object()
+    value["ema"]._modules["model"]._modules["map_layer0"]._parameters["weight"] = tensor
+    return value
+
+
+class Opaque:
+    """Anything that pickles to what is given, in the place of a weight."""
+
+    def __init__(self, reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def tensor_of(storage, offset, size, stride):
+    return Opaque((torch._utils._rebuild_tensor_v2, (storage, offset, size, stride, False, collections.OrderedDict())))
+
+
+def nested(depth):
+    value = b"\x80\x02" + b"(" * 0
+    return value + b"]" * depth + b"a" * (depth - 1) + b"."
+
+
+small = Storage(saved(torch.zeros(4)))
+MALICIOUS = {
+    "os.system": (Call(os.system, "touch HACKED"), "system"),
+    "a call inside the state": (with_weight(Call(os.system, "touch HACKED")), "system"),
+    "a call in an unused part": ({**edm_object()[0], "loss_fn": Call(os.system, "touch HACKED")}, "system"),
+    "eval": (Call(eval, "open('HACKED', 'w')"), "builtins.eval"),
+    "getattr": (Call(getattr, {}, "pop"), "builtins.getattr"),
+    "torch.load": (Call(torch.load, "HACKED"), "torch.serialization.load"),
+    "a codec": (Call(__import__("codecs").encode, "x", "zip"), "'zip'"),
+    "a numpy object": (with_weight(np.array([object()], dtype=object)[0:1]), "numpy"),
+    "a storage larger in view": (with_weight(tensor_of(small, 0, (10**9, 10**9), (0, 0))), "stride"),
+    "a view beyond its storage": (with_weight(tensor_of(small, 2, (4,), (1,))), "4 values"),
+    "a negative offset": (with_weight(tensor_of(small, -1, (4,), (1,))), "4 values"),
+    "a compressed storage": (with_weight(tensor_of(Storage(saved(torch.zeros(4), _use_new_zipfile_serialization=True)), 0, (4,), (1,))),
+                             "compressed"),
+    "a storage that is a pickle": (with_weight(tensor_of(Storage(pickle.dumps(Call(os.system, "touch HACKED"))), 0, (4,), (1,))),
+                                   "edm.pkl"),
+    "a storage cut short": (with_weight(tensor_of(Storage(saved(torch.zeros(4))[:-9]), 0, (4,), (1,))), "edm.pkl"),
+    "a weight that is a list": (with_weight([1.0, 2.0]), "map_layer0.weight"),
+    "a weight of another shape": (with_weight(nn.Parameter(torch.zeros(3, 3))), "map_layer0.weight"),
+    "no network": ({"loss_fn": 1}, "ema"),
+    "a list": ([1, 2, 3], "edm.pkl"),
+    "another preconditioning": ({"ema": Persistent("VPPrecond")}, "VPPrecond"),
+    "a persistent id": (b"\x80\x02X\x01\x00\x00\x00aQ.", "outside"),
+    "endless nesting": (nested(200_000), "edm.pkl"),
+    "no pickle": (b"<html>404</html>", "edm.pkl"),
+    "empty": (b"", "edm.pkl"),
+}
+
+
+@pytest.mark.parametrize("case", MALICIOUS)
+def test_refused_in_one_line_and_never_executed(case, tmp_path, cache):
+    value, named = MALICIOUS[case]
+    path = written(tmp_path, value)
+    with pytest.raises(UsageError) as error:
+        load_teacher(path, "folder", CPU)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500 and named in str(error.value) and path in str(error.value)
+    assert not list(cache.glob("*.pt"))
+
+
+def test_a_file_cut_short_anywhere_is_refused(tmp_path, cache):
+    data = dump(edm_object()[0])
+    for end in np.linspace(1, len(data) - 1, 12).astype(int):
+        with pytest.raises(UsageError, match="not a readable EDM checkpoint|do not fit"):
+            load_teacher(written(tmp_path, data[:end]), "folder", CPU)
+
+
+def test_a_storage_that_promises_too_much_is_refused(tmp_path, cache):
+    """The bytes say 4 values; the header is made to say 10^15."""
+    data = saved(torch.zeros(4))
+    at = data.index(b"K\x04", data.index(b"cpu"))  # the count, as a one-byte integer
+    huge = data[:at] + b"\x8a\x07" + (10**15).to_bytes(7, "little") + data[at + 2:]
+    with pytest.raises(UsageError, match="not a readable EDM checkpoint"):
+        load_teacher(written(tmp_path, with_weight(tensor_of(Storage(huge), 0, (4,), (1,)))), "folder", CPU)
+
+
+def test_a_decoder_or_channels_that_we_do_not_have(tmp_path, cache):
+    for name, value, said in ("decoder_type", "skip", "not among ours"), ("encoder_type", "skip", "skip"), ("out_channels", 6, "channels"):
+        edm, _ = edm_object()
+        edm["ema"]._modules["model"]._init_kwargs[name] = value
+        with pytest.raises(UsageError, match=said):
+            load_teacher(written(tmp_path, edm), "folder", CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------- names and places
+
+class Web:
+    """urllib.request.urlopen with one file behind every address."""
+
+    def __init__(self, data):
+        self.data, self.asked = data, []
+
+    def __call__(self, url, timeout):
+        self.asked.append(url)
+        return io.BytesIO(self.data)
+
+
+def test_a_short_name_is_downloaded_once_and_checked_afterwards(cache, monkeypatch):
+    value, original = edm_object(resolution=32)
+    web = Web(dump(value))
+    monkeypatch.setattr(urllib.request, "urlopen", web)
+    for spec in ("edm-cifar10-32x32-uncond-vp", "edm-cifar10-32x32-uncond-vp", None):  # the default of cifar10 is the same file
+        loaded = load_teacher(spec, "cifar10", CPU)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters()))
+    assert web.asked == ["https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl"]
+    file = cache_dir() / "edm-cifar10-32x32-uncond-vp.pkl"
+    record = json.loads(Path(f"{file}.json").read_text())
+    assert record["bytes"] == len(web.data) and len(record["sha256"]) == 64
+    file.write_bytes(dump(edm_object(resolution=32)[0]))
+    with pytest.raises(UsageError, match="no longer the file that was downloaded"):
+        load_teacher("edm-cifar10-32x32-uncond-vp", "cifar10", CPU)
+
+
+def test_any_address(cache, monkeypatch):
+    value, original = edm_object(resolution=32)
+    web = Web(dump(value))
+    monkeypatch.setattr(urllib.request, "urlopen", web)
+    loaded = load_teacher("https://example.org/models/mine.pkl", "cifar10", CPU)
+    assert web.asked == ["https://example.org/models/mine.pkl"] and torch.equal(next(loaded.parameters()), next(original.parameters()))
+
+
+@pytest.mark.parametrize("spec", [None, "edm-cifar10-32x32-cond-ve", "https://example.org/x.pkl"])
+def test_without_a_network_the_line_says_what_to_do(spec, cache, monkeypatch):
+    def offline(url, timeout):
+        raise OSError("no route")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    with pytest.raises(UsageError) as error:
+        load_teacher(spec, "cifar10", CPU)
+    assert all(part in str(error.value) for part in ("no route", "by hand", str(cache), ".pkl"))
+
+
+def test_names_are_those_of_the_public_files():
+    assert len(NAMES) == 9 and all(default in NAMES for default in teachers.DEFAULT.values())
+    assert {name.removeprefix("edm-") for name in NAMES} >= {key.rsplit("-aug", 1)[0] for key in SHAPES}
+
+
+def test_a_teacher_of_other_images_is_refused(tmp_path, cache):
+    path = written(tmp_path, edm_object(resolution=16)[0])
+    with pytest.raises(UsageError, match=r"\(3, 16, 16\), cifar10 has \(3, 32, 32\)"):
+        load_teacher(path, "cifar10", CPU)
+    with pytest.raises(UsageError, match="No such file"):
+        load_teacher(str(tmp_path / "missing.pkl"), "cifar10", CPU)
+
+
+def test_arguments_left_out_are_the_defaults(tmp_path, cache):
+    """ImageNet-64's pickle does not name what is DhariwalUNet's own default."""
+    value, _ = edm_object("adm", label_dim=10, augment_dim=0, model_channels=64, channel_mult=[1, 1])
+    state = read_edm_pickle(written(tmp_path, value))
+    assert state["arch"] == "adm" and "channel_mult_emb" not in state["kwargs"] and state["sigma_data"] == 0.5
+    assert state["kwargs"]["model_channels"] == 64 and state["kwargs"]["label_dim"] == 10
+    assert set(state["weights"]) == set(Denoiser(ARCHS["adm"](**state["kwargs"])).state_dict())
