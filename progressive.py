@@ -135,7 +135,7 @@ def two_step_target(teacher, x, sigma, sigma_mid, sigma_end):
 
 def pd_loss(x0_hat, target, sigma, weight="truncated"):
     """Eq. (2): w(sigma) times the mean square over pixels, averaged over the batch. x0_hat, target (B, C, H, W); sigma (B,)."""
-    return (WEIGHTS[weight](sigma) * (x0_hat - target).square().mean((1, 2, 3))).mean()
+    return (WEIGHTS[weight](sigma) * (x0_hat - target).square().flatten(1).mean(1)).mean()
 
 
 class Predicts(Denoiser):

@@ -20,3 +20,12 @@ def test_ld3_notebook():
     printed = execute("ld3.ipynb")
     rmse = {name: float(value) for name, value in re.findall(r"^(\w+) +RMSE ([\d.]+)", printed, re.M)}
     assert rmse.pop("learned") < 0.5 * min(rmse.values())
+
+
+@pytest.mark.slow
+def test_progressive_notebook():
+    printed = execute("progressive.ipynb")
+    share = {(name, int(n)): float(value) for name, n, value in re.findall(r"^(\w+) +(\d+) steps: ([\d.]+) of", printed, re.M)}
+    assert all(share["pd", n] > share["ddim", n] for n in (8, 4, 2, 1)) and share["pd", 1] > 0.7 > 0.1 > share["ddim", 1]
+    rmse = {name: float(value) for name, value in re.findall(r"^(\w+, \d) +RMSE to four steps ([\d.]+)", printed, re.M)}
+    assert rmse["pd, 2"] < 0.7 * rmse["ddim, 2"] and rmse["pd, 1"] < 0.5 * rmse["ddim, 1"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import progressive
+from common.datasets import Stream, load_dataset
 from common.diffusion import Denoiser, GaussianMixture, expand, sigma_grid, v_from_x0
 from common.solvers import euler
 from common.teacher import load_teacher, save_teacher
@@ -243,19 +244,22 @@ def test_trained_on_one_gaussian_it_is_the_exact_map(tmp_path):
     assert (ours - truth).square().mean().sqrt() < 0.02 * (plain - truth).square().mean().sqrt()
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny_teacher(path, label_dim=0):
     """A teacher file of a few thousand parameters with dropout, which distillation must leave out."""
     torch.manual_seed(0)
-    kwargs = dict(img_resolution=8, img_channels=1, label_dim=0, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[],
-                  dropout=0.5)
+    kwargs = dict(img_resolution=8, img_channels=1, label_dim=label_dim, model_channels=8, channel_mult=[1], num_blocks=1,
+                  attn_resolutions=[], dropout=0.5)
     denoiser = Denoiser(ddpmpp(**kwargs))
     with torch.no_grad():
         for p in denoiser.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    path = tmp_path_factory.mktemp("teacher") / "tiny.pt"
     save_teacher(path, denoiser, "ddpmpp", kwargs, "digits")
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny.pt")
 
 
 def tiny_config(tiny, out, **more):
@@ -315,6 +319,21 @@ def test_every_stage_starts_from_the_one_before(tiny, tmp_path):
         assert targets == [False] * 8 + [True] * 8
     finally:
         progressive.two_step_target = original
+
+
+def test_a_conditional_teacher_and_its_student_see_the_labels_of_the_images(tmp_path, monkeypatch):
+    config = tiny_config(tiny_teacher(tmp_path / "tiny.pt", label_dim=10), tmp_path / "run", to_steps=2)
+    stream = Stream(load_dataset("digits"), 8, config.seed)
+    labels = [stream.next()[1] for _ in range(8)]
+    seen, original = [], Denoiser.forward
+
+    def spy(self, x, sigma, labels=None):
+        seen.append(labels)
+        return original(self, x, sigma, labels)
+
+    monkeypatch.setattr(Denoiser, "forward", spy)
+    progressive.train(config)
+    assert len(seen) == 24 and all(torch.equal(a, labels[i // 3]) for i, a in enumerate(seen))  # two of the teacher's, one of the student's
 
 
 def test_rate_falls_to_zero_in_every_stage_and_adam_forgets(tiny, tmp_path, monkeypatch):
