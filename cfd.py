@@ -20,7 +20,7 @@ Measured: TODO
     python cfd.py                                                # digits, 16 -> 8 by PD, then 8 -> 1 by CFD
     python progressive.py && python cfd.py --pd runs/progressive-digits    # start from PD's 8-step student, and compare with PD
     python cfd.py --tau 0.95 --beta 0.003 --gamma 0.75           # with entropy and diversity
-    python cfd.py --dataset cifar10 --classifier imagenet-densenet201 --teacher PATH     # one GPU
+    python cfd.py --dataset cifar10 --classifier imagenet-densenet201      # one GPU
 """
 import copy
 import math
@@ -86,8 +86,8 @@ class Config:
 _CIFAR10 = dict(from_steps=1024, cfd_from=8, tau=0.9, beta=0.0, updates=10_000, batch_size=128, lr=5e-5, flip=True, eval_n=50_000,
                 eval_batch=256)
 PRESETS = {
-    "digits": {**_CIFAR10, "from_steps": 16, "updates": 300, "lr": 5e-4, "flip": False, "eval_n": 1024},
-    "mnist": {**_CIFAR10, "from_steps": 64, "updates": 2000, "lr": 2e-4, "flip": False, "eval_n": 10_000},
+    "digits": {**_CIFAR10, "from_steps": 16, "tau": 0.95, "updates": 300, "lr": 5e-4, "flip": False, "eval_n": 1024},
+    "mnist": {**_CIFAR10, "from_steps": 64, "tau": 0.95, "updates": 2000, "lr": 2e-4, "flip": False, "eval_n": 10_000},
     "cifar10": _CIFAR10,
     "imagenet64": {**_CIFAR10, "batch_size": 2048, "lr": 1e-4, "flip": False},  # CFD has no such run: PD's batch and rate
     "folder": {**_CIFAR10, "eval_n": 10_000},

@@ -34,7 +34,7 @@ Measured: digits, RMSE to a fine trajectory, plain -> distilled, 2,048 held-out 
     python dode.py                                             # digits, all six solvers at 5 evaluations, 36 s on 2 CPU cores
     python dode.py --solver ddim heun --nfe 3 5 10 20          # some solvers, several budgets
     python dode.py --lambdas runs/dode-digits/lambdas.json     # measure saved lambdas, fit nothing
-    python dode.py --dataset cifar10 --nfe 10 --teacher PATH   # one GPU
+    python dode.py --dataset cifar10 --nfe 10                  # one GPU
 """
 import json
 import tempfile

@@ -28,7 +28,7 @@ Measured: digits, RMSE to the teacher, best of four hand-made grids -> LD3; 1,02
     python ld3.py                                          # digits, 5 evaluations: 42 s on 2 CPU cores
     python ld3.py --solver dpmpp --order 2 --nfe 8         # another solver, another budget
     python ld3.py --schedule runs/ld3-digits/schedule.json --steps 0   # measure a saved schedule, train nothing
-    python ld3.py --dataset cifar10 --nfe 10 --teacher PATH            # one GPU
+    python ld3.py --dataset cifar10 --nfe 10                           # one GPU
 """
 import importlib.util
 import json

@@ -18,13 +18,19 @@ Differences from the paper and its official code (google-research/diffusion_dist
  2. Levels above sigma_max are cut off (80; theirs: logSNR bounded to +-20, sigma up to 22,026); where that makes both ends of a step
     equal, as in the first 65 of 8192 steps, the step is left out.
  3. Twice the updates for the last two stages (paper, section 5.2; the released config has the same number for all).
- 4. digits: 16 -> 1 in a few hundred updates of lr 5e-4 (CIFAR-10: 8192 -> 1, 50,000 updates, 5e-5).
-Measured: TODO
+ 4. Nothing is clipped while sampling but the finished image (theirs: every answer, to [-1, 1]).
+ 5. digits: 16 -> 1 in a few hundred updates of lr 5e-4 (CIFAR-10: 8192 -> 1, 50,000 updates, 5e-5).
+Measured: digits, 16 -> 1, FID [digits-classifier, n=1024], 3 training seeds, TIME minutes on 2 CPU cores; Heun with 35 evaluations: 0.156
+    steps  ddim, same grid  ddim, edm grid  pd              pd / ddim    the same in features of a classifier of another seed
+        8            0.674            2.76  0.392 +- 0.014       0.58    0.749 -> 0.430
+        4            2.255           14.02  0.500 +- 0.026       0.22    2.60  -> 0.560
+        2           18.73            55.43  0.688 +- 0.030       0.04    20.6  -> 0.772
+        1          105.1            105.0   1.184 +- 0.048       0.01    98.9  -> 1.30
     python progressive.py                                           # digits, 16 -> 1
     python progressive.py --from-steps 4 --to-steps 2 --teacher runs/progressive-digits/student-4.pt   # a part of it
     python progressive.py --resume                                  # go on; or, when it is done, measure and sample again
     python progressive.py --prediction eps                          # why the paper does not predict the noise
-    python progressive.py --dataset cifar10 --teacher PATH          # one GPU; torchrun --nproc_per_node=8 progressive.py ... for eight
+    python progressive.py --dataset cifar10                         # one GPU; torchrun --nproc_per_node=8 progressive.py ... for eight
 """
 import copy
 from dataclasses import dataclass

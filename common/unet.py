@@ -261,7 +261,7 @@ class UNet(nn.Module):
             emb = emb + self.map_label(labels)
         return F.silu(emb)
 
-    def forward_features(self, x, c_noise, labels=None, augment_labels=None):
+    def forward_features(self, x, c_noise, labels=None, augment_labels=None, balance=None):
         """What the head reads: (B, model_channels * channel_mult[0], H, W). Arguments as in `forward`."""
         emb = self.embed(x.shape[0], c_noise, labels, augment_labels)
         skips, aux = [], x
@@ -273,7 +273,13 @@ class UNet(nn.Module):
                 skips.append(x)
         for name, layer in self.dec.items():
             if isinstance(layer, Block):  # the rest is the head
-                x = layer(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
+                if "_block" in name:
+                    skip = skips.pop()
+                    if balance is not None:
+                        share = balance.to(x.dtype)[:, None, None, None]
+                        x, skip = 2 * share * x, 2 * (1 - share) * skip
+                    x = torch.cat([x, skip], dim=1)
+                x = layer(x, emb)
         return x
 
     def head(self, features):
@@ -284,10 +290,11 @@ class UNet(nn.Module):
             norm, conv = list(self.dec.values())[-2:]
         return conv(F.silu(norm(features)))
 
-    def forward(self, x, c_noise, labels=None, augment_labels=None):
+    def forward(self, x, c_noise, labels=None, augment_labels=None, balance=None):
         """x (B, C, H, W); c_noise (B,) or one number for all; labels (B,) integer or (B, label_dim) one-hot; augment_labels
-        (B, augment_dim). What is missing counts as zeros; what the net was not built for is ignored. -> (B, C, H, W)."""
-        return self.head(self.forward_features(x, c_noise, labels, augment_labels))
+        (B, augment_dim). What is missing counts as zeros; what the net was not built for is ignored. -> (B, C, H, W).
+        balance (B,): the share from 0 to 1 of the decoder where it meets the encoder's skips, which get the rest; None is 1/2, unscaled."""
+        return self.head(self.forward_features(x, c_noise, labels, augment_labels, balance))
 
 
 def ddpmpp(img_resolution, img_channels, label_dim=0, augment_dim=0, **overrides):

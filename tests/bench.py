@@ -1,6 +1,6 @@
 """Timings and memory, as ratios measured side by side; never part of a test's pass or fail.
 
-    python tests/bench.py          # about two minutes on 2 CPU cores; on a GPU the first table is measured there
+    python tests/bench.py          # about four minutes on 2 CPU cores; on a GPU the first table is measured there
 """
 import os
 import resource
@@ -76,10 +76,41 @@ def ld3_memory():
             print(f"  {'--checkpoint' if checkpoint == '1' else 'plain':14s} nfe {nfe:>2s}: {peak - before:6.0f} MiB")
 
 
+def gdd_freezing():
+    """Time and peak memory of one step of the generator, all of it trained and with frozen convolutions, each in its own process."""
+    print("GDD-I / GDD, CPU: one update of the generator (forward, backward, Adam); memory above that of the teacher")
+    program = ("import resource, statistics, sys, time, torch, distributional as m\n"
+               "from common import unet\nfrom common.diffusion import Denoiser\nfrom common.teacher import load_teacher\n"
+               "net, batch, freeze = sys.argv[1], int(sys.argv[2]), sys.argv[3]\n"
+               "teacher = load_teacher(None, 'digits', 'cpu') if net == 'digits' else Denoiser(unet.ncsnpp(32, 3))\n"
+               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+               "before, times = peak(), []\n"
+               "generator = m.make_generator(teacher, freeze).to(memory_format=torch.channels_last)\n"
+               "player = m.Player(generator, 1e-4)\n"
+               "for step in range(4):\n"
+               "    start = time.perf_counter()\n"
+               "    player.update(generator(80 * torch.randn(batch, *teacher.net.img_shape), 80.0).square().mean(), step)\n"
+               "    times.append(time.perf_counter() - start)\n"
+               "trained = sum(p.numel() for p in player.trained.values())\n"
+               "print(statistics.median(times[1:]), peak() - before, trained)")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for net, batch in (("digits", "512"), ("NCSN++ of CIFAR-10", "2")):
+        rows = []
+        for freeze in ("none", "conv"):
+            command = [sys.executable, "-c", program, net, batch, freeze]
+            output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+            rows.append([float(value) for value in output.split()])
+            time_, memory, trained = rows[-1]
+            print(f"  {net:20s} batch {batch:>3s} --freeze {freeze:5s} {time_:7.3f} s  {memory:6.0f} MiB  {trained:12,.0f} trained")
+        time_, memory, trained = (ours / all_ for ours, all_ in zip(rows[1], rows[0]))
+        print(f"  {'':20s} {'ratios':26s} {time_:7.2f}    {memory:6.2f}      {trained:12.2f}")
+
+
 if __name__ == "__main__":
     device, why = pick_device()
     print(why)
     precision_and_layout(device)
     solver_overhead(device)
     ld3_memory()
+    gdd_freezing()
     print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
