@@ -16,8 +16,8 @@ def save_rows(path, rows, columns=16):
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         for spine in axis.spines.values():
             spine.set_visible(False)
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path)
+    figure.subplots_adjust(left=0.1, right=1, bottom=0, top=1, hspace=0.1)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)  # as wide as the longest label asks for
 
 
 def save_curves(path, curves, xlabel, ylabel, title="", log=""):
