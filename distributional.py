@@ -21,10 +21,10 @@ Differences from the paper and its official code (github.com/Zyriix/GDD, commit 
  6. Frozen is frozen (theirs: 16 of the 144 tensors get gradients in every step, which are then not used).
  7. Not here: hinge loss, teachers' targets and several steps (in theirs these cannot run).
 Measured: digits, FID of 2,048 images in the features of the shipped classifier / of one that no loss has seen (seed 1), precision and
-    recall in the latter; two training seeds; 160,000 images; 4.6 minutes in all on *one* CPU core, 3.4 (GDD: 4.2) to train
+    recall in the latter; mean of 3 training seeds; 160,000 images; 4.6 minutes in all on *one* CPU core, 3.4 (GDD: 4.2) to train
     teacher, DDIM, 5 evaluations 5.96 / 6.54, .73, .59; 10 evaluations 1.29 / 1.41, .86, .83; Heun, 35: 0.05 / 0.04, .92, .91
-    GDD    1 evaluation: 0.52, 0.57 / 0.65, 0.51; precision .83, .85; recall .63, .61 (.67, .60 after half of the images)
-    GDD-I  1 evaluation: 0.59, 0.80 / 0.57, 0.79; precision .78, .79; recall .77, .75 (.71, .71)
+    GDD    1 evaluation: 0.59 +- 0.09 / 0.62 +- 0.10, .84, .62 (a quarter of the images: 1.03, half: 0.88)
+    GDD-I  1 evaluation: 0.69 +- 0.10 / 0.69 +- 0.12, .78, .75 (1.45, 0.85)
     Below DDIM with 10 in FID, not in precision and recall. From random weights GDD ends at 61 / 68. GDD-I / GDD, one update of the
     generator: 0.80 of the time here; 0.62 of the time and 0.59 of the memory with the NCSN++ of CIFAR-10 (tests/bench.py).
     python distributional.py                       # digits, GDD-I

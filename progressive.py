@@ -47,6 +47,7 @@ from common.training import (Run, autocast, average_gradients, cli, ema_update, 
                              require, save_checkpoint, table)
 
 PREDICTIONS = ("edm", "x", "v", "eps")
+TRANSLATE = 4  # the stage that teaches the network another form: so many times the updates, at so many times the rate
 WEIGHTS = {  # section 4; 1 / sigma^2 is the SNR
     "truncated": lambda sigma: (1 / sigma**2).clamp(min=1),
     "snr": lambda sigma: 1 / sigma**2,
@@ -167,6 +168,10 @@ def make_student(teacher, prediction="edm"):
     student = copy.deepcopy(teacher)
     if prediction != "edm":
         student = Predicts(student.net, student.sigma_data, prediction).to(next(student.parameters()).device)
+        if prediction != "x":  # v and eps have the sign of the noise, EDM's network that of the data: turn the last layer round
+            last = student.net.out_conv if student.net.family.out_head else list(student.net.dec.values())[-1]
+            for parameter in last.parameters():
+                parameter.data.neg_()
     return student.eval().requires_grad_(True)
 
 
@@ -196,7 +201,9 @@ def read_student(path, teacher, prediction="edm"):
 
 def stages_of(config):
     """The stages of a run; before the first halving one without, where the network must first take another form."""
-    return plan(config.from_steps if config.prediction != "edm" else config.from_steps // 2, config.to_steps, config.updates)
+    stages = plan(config.from_steps // 2, config.to_steps, config.updates)
+    first = 0 if config.prediction == "edm" else TRANSLATE * config.updates
+    return [(config.from_steps, 0, first)] * (first > 0) + [(n, begin + first, end + first) for n, begin, end in stages]
 
 
 def train(config, run=None, teacher=None):
@@ -224,7 +231,7 @@ def train(config, run=None, teacher=None):
             ema.load_state_dict(student.state_dict())
             optimizer.state.clear()
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * (1 - (step - begin) / (end - begin))
+            group["lr"] = config.lr * (1 - (step - begin) / (end - begin)) * (TRANSLATE if n == config.from_steps else 1)
         x0, labels = stream.next()  # (B, C, H, W)
         noise = torch.randn(config.batch_size, *x0.shape[1:], device=run.device)[mine]
         steps = torch.randint(len(levels[n]), (config.batch_size,), device=run.device)[mine]  # i ~ Cat[1 ... N]

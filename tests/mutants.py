@@ -139,6 +139,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("            halving.load_state_dict(student.state_dict())\n", ""),
         ("            optimizer.state.clear()\n", ""),
         ("config.lr * (1 - (step - begin) / (end - begin))", "config.lr * (1 - step / end)"),
+        ("parameter.data.neg_()", "pass"),
         ("x = x0 + expand(sigma, x0) * noise", "x = x0 + noise"),
         ("        optimizer.step()\n", ""),
         ("                student.load_state_dict(ema.state_dict())\n", "                pass\n"),
