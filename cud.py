@@ -30,7 +30,7 @@ Measured: digits, FID [digits-classifier, n=2048] of Euler walks, mean of 3 seed
     rectified flow, 1,500 iterations                 99.3  19.8  5.44  2.40  1.63  .141
     the same, 2,000: as much compute as CUD          100   18.0  4.63  1.89  1.23  .142
     cud, 1,500                                       94.7  12.6  2.75  1.44  1.23  .138
-    cud-1step                                        @@ONESTEP@@
+    cud-1step                                        2.52 (two seeds)
     The preset was chosen among seven settings, by seed 0's row; the official --no-adaptive-weight --tn 16 has 96.3, 15.6, 3.91, 1.88, 1.43
     there. At 16 evaluations and equal compute nothing is gained: what is left seems to be the error of a short training. The paths are
     hardly straighter. MNIST, CIFAR-10, ImageNet-64: not run.

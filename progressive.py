@@ -14,7 +14,7 @@ the target is a weighted mean of the teacher's two answers. At sigma'' = 0 it is
 
 Differences from the paper and its official code (google-research/diffusion_distillation):
  1. The teacher is any EDM denoiser (theirs: VP, predicts x or (x, eps)). --prediction x, v, eps make the student's network predict what
-    the paper's Table 1 compares; then one stage more, without halving, translates the teacher into that form first.
+    the paper's Table 1 compares; then a first stage, without halving, translates the teacher into that form.
  2. Levels above sigma_max are cut off (80; theirs: logSNR bounded to +-20, sigma up to 22,026); where that makes both ends of a step
     equal, as in the first 65 of 8192 steps, the step is left out.
  3. Twice the updates for the last two stages (paper, section 5.2; the released config has the same number for all).
@@ -26,6 +26,7 @@ Measured: digits, 16 -> 1, FID [digits-classifier, n=1024], 3 training seeds, TI
         4            2.255           14.02  0.500 +- 0.026       0.22    2.60  -> 0.560
         2           18.73            55.43  0.688 +- 0.030       0.04    20.6  -> 0.772
         1          105.1            105.0   1.184 +- 0.048       0.01    98.9  -> 1.30
+    --updates 80, one seed, FID at 16, 8, 4, 2, 1 steps: --prediction v 0.45, 0.56, 0.84, 1.41, 2.36; eps 10.1, 10.7, 12.5, 17.1, 35.4
     python progressive.py                                           # digits, 16 -> 1
     python progressive.py --from-steps 4 --to-steps 2 --teacher runs/progressive-digits/student-4.pt   # a part of it
     python progressive.py --resume                                  # go on; or, when it is done, measure and sample again
