@@ -225,6 +225,7 @@ MALICIOUS = {
     "a codec": (Call(__import__("codecs").encode, "x", "zip"), "'zip'"),
     "a numpy object": (with_weight(np.array([object()], dtype=object)[0:1]), "numpy"),
     "a storage larger in view": (with_weight(tensor_of(small, 0, (10**9, 10**9), (0, 0))), "stride"),
+    "strides that lead out of the storage": (with_weight(tensor_of(small, 0, (2, 2), (100, 1))), "stride (100, 1)"),
     "a view beyond its storage": (with_weight(tensor_of(small, 2, (4,), (1,))), "4 values"),
     "a negative offset": (with_weight(tensor_of(small, -1, (4,), (1,))), "4 values"),
     "a compressed storage": (with_weight(tensor_of(Storage(saved(torch.zeros(4), _use_new_zipfile_serialization=True)), 0, (4,), (1,))),

@@ -346,6 +346,15 @@ def test_a_conditional_teacher_and_its_student_see_the_labels_of_the_images(tmp_
     assert len(seen) == 24 and all(torch.equal(a, labels[i // 3]) for i, a in enumerate(seen))  # two of the teacher's, one of the student's
 
 
+def test_the_teacher_is_asked_about_data_with_noise_of_that_level(tiny, tmp_path, monkeypatch):
+    seen, original = [], progressive.two_step_target
+    monkeypatch.setattr(progressive, "two_step_target", lambda teacher, x, *s: seen.append((x, *s)) or original(teacher, x, *s))
+    progressive.train(tiny_config(tiny, tmp_path, to_steps=2, batch_size=64))
+    x, sigma = torch.cat([a[0] for a in seen]), torch.cat([a[1] for a in seen])
+    assert set(sigma.tolist()) == {80.0, 1.0} and all((a[1] > a[2]).all() and (a[2] > a[3]).all() for a in seen)
+    assert 78 < x[sigma == 80].std() < 82 and 0.9 < (x[sigma == 1].std() ** 2 - 0.57**2).sqrt() < 1.2
+
+
 def test_rate_falls_to_zero_in_every_stage_and_adam_forgets(tiny, tmp_path, monkeypatch):
     rates, ages = [], []
     step = torch.optim.Adam.step
