@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.classifier import load_classifier
+from common.classifier import ImageNetInput, load_classifier
 from common.datasets import DATASETS, Stream, load_dataset
 from common.diffusion import expand, with_labels
 from common.fid import make_judge
@@ -136,13 +136,11 @@ class ImageNetFeatures(nn.Module):
         head = "fc" if hasattr(self.net, "fc") else "classifier"
         self.head = getattr(self.net, head)
         setattr(self.net, head, nn.Identity())
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        self.input = ImageNetInput()
         self.eval().requires_grad_(False)
 
     def forward(self, x):
-        x = F.interpolate(x.expand(-1, 3, -1, -1), size=224, mode="bilinear", align_corners=False)
-        features = self.net(((x + 1) / 2 - self.mean) / self.std)
+        features = self.net(self.input(x))
         return features, self.head(features)
 
 
@@ -163,9 +161,7 @@ def train(config, run=None, teacher=None):
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     classifier = make_classifier(config, run.device)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
-    require(config.batch_size % run.world == 0, "batch_size", config.batch_size, f"must be a multiple of the {run.world} ranks")
-    per_rank = config.batch_size // run.world
-    mine = slice(run.rank * per_rank, (run.rank + 1) * per_rank)  # this rank's rows of what is drawn for all
+    per_rank, mine = run.rows(config.batch_size)
     student = read_student(Path(config.pd) / f"student-{config.cfd_from}.pt", teacher) if config.pd else make_student(teacher)
     student.requires_grad_(True)
     halving = copy.deepcopy(student).requires_grad_(False)  # the teacher of the stage

@@ -336,9 +336,7 @@ def train(config, run=None):
     """Train CUD, the baseline and the one-step student; return the EMA nets {row name: Velocity}."""
     run = run or Run("cud", config)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
-    require(config.batch_size % run.world == 0, "batch_size", config.batch_size, f"must be a multiple of the {run.world} ranks")
-    per_rank = config.batch_size // run.world
-    mine = slice(run.rank * per_rank, (run.rank + 1) * per_rank)  # this rank's rows of what is drawn for all
+    per_rank, mine = run.rows(config.batch_size)
     shape = (data.channels, data.resolution, data.resolution)
     net = make_net(config, data).to(run.device, memory_format=torch.channels_last)
     encoder = [] if config.independent else [make_net(config, data, encoder=True).to(run.device, memory_format=torch.channels_last)]

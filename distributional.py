@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common.classifier import load_classifier
+from common.classifier import ImageNetInput, load_classifier
 from common.datasets import DATASETS, Stream, load_dataset, to_uint8
 from common.diffusion import Denoiser, sigma_grid, with_labels
 from common.fid import generate, make_judge
@@ -154,14 +154,11 @@ class ImageNetFeatures(nn.Module):
                              f"put it into {torch.hub.get_dir()}/checkpoints, or use --features classifier") from None
         cuts = self.CUTS[name]
         self.stages = nn.ModuleList(features[a:b] for a, b in zip((0, *cuts), cuts))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+        self.input = ImageNetInput()
         self.eval().requires_grad_(False)
 
     def feature_maps(self, x):
-        x = F.interpolate(x, size=(224, 224), mode="bilinear", align_corners=False)
-        x = ((x + 1) / 2 - self.mean) / self.std  # (B, 3, 224, 224), from grey images too
-        maps = []
+        x, maps = self.input(x), []
         for stage in self.stages:
             maps.append(x := stage(x))
         return maps
@@ -309,9 +306,7 @@ def train(config, run=None, teacher=None, judge=None):
     right = tuple(data.images.shape[1:])
     require(shape == right, "teacher", config.teacher, f"makes images of {shape}, --dataset {config.dataset} has {right}")
     require(label_dim in (0, data.num_classes), "teacher", config.teacher, f"has {label_dim} classes, the data {data.num_classes}")
-    require(config.batch_size % run.world == 0, "batch_size", config.batch_size, f"must be a multiple of the {run.world} ranks")
-    per_rank = config.batch_size // run.world
-    mine = slice(run.rank * per_rank, (run.rank + 1) * per_rank)  # this rank's rows of what is drawn for all
+    per_rank, mine = run.rows(config.batch_size)
     generator = make_generator(teacher, config.freeze, config.init).to(run.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(generator).requires_grad_(False)
     discriminator = Discriminator(feature_networks(config, run.device), shape, config.width, label_dim)

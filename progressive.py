@@ -212,24 +212,23 @@ def train(config, run=None, teacher=None):
     run = run or Run("progressive", config)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
-    require(config.batch_size % run.world == 0, "batch_size", config.batch_size, f"must be a multiple of the {run.world} ranks")
-    per_rank = config.batch_size // run.world
-    mine = slice(run.rank * per_rank, (run.rank + 1) * per_rank)  # this rank's rows of what is drawn for all
+    per_rank, mine = run.rows(config.batch_size)
     student = make_student(teacher, config.prediction)
     halving = copy.deepcopy(student).requires_grad_(False)  # the teacher of the stage
-    ema = copy.deepcopy(halving)
+    ema = copy.deepcopy(halving) if config.ema else None
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, per_rank, config.seed, config.flip, run.rank, run.world)
 
     stages = stages_of(config)
     levels = {n: stage_levels(n, config.sigma_max).to(run.device, torch.float32) for n, _, _ in stages}
-    parts = {"student": student, "teacher": halving, "ema": ema, "optimizer": optimizer, "stream": stream}
+    parts = {"student": student, "teacher": halving, "optimizer": optimizer, "stream": stream, **({"ema": ema} if ema else {})}
     first = run.restore(parts)
     for step in run.steps(first, stages[-1][2] if stages else 0, parts, "distilling"):
         n, begin, end = next(stage for stage in stages if step < stage[2])
         if step == begin:
             halving.load_state_dict(student.state_dict())
-            ema.load_state_dict(student.state_dict())
+            if ema:
+                ema.load_state_dict(student.state_dict())
             optimizer.state.clear()
         for group in optimizer.param_groups:
             group["lr"] = config.lr * (1 - (step - begin) / (end - begin)) * (TRANSLATE if n == config.from_steps else 1)
@@ -251,10 +250,10 @@ def train(config, run=None, teacher=None):
         average_gradients(student.parameters())
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
         optimizer.step()
-        if config.ema:
+        if ema:
             ema_update(ema, student, config.ema)
         if step == end - 1:
-            if config.ema:
+            if ema:
                 student.load_state_dict(ema.state_dict())
             if run.rank == 0:
                 save_student(run.out / f"student-{n}.pt", student, teacher, config.dataset, config.prediction)

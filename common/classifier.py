@@ -67,6 +67,19 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
+class ImageNetInput(nn.Module):
+    """x (B, 1 or 3, H, W) in [-1, 1] -> (B, 3, 224, 224), what torchvision's ImageNet networks were trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def forward(self, x):
+        x = F.interpolate(x, size=224, mode="bilinear", align_corners=False)
+        return ((x + 1) / 2 - self.mean) / self.std  # grey images get their three channels here
+
+
 def random_shift(x, most, generator):
     """Every image of x (B, C, H, W) moved by its own -most ... most pixels down and right; black comes in at the border."""
     batch, _, height, width = x.shape

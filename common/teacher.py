@@ -172,9 +172,7 @@ def train(config):
     """Train, cache and measure a teacher; return its path and the row of metrics.json."""
     run = Run("teacher", config)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
-    require(config.batch_size % run.world == 0, "batch_size", config.batch_size, f"must be a multiple of the {run.world} ranks")
-    per_rank = config.batch_size // run.world
-    mine = slice(run.rank * per_rank, (run.rank + 1) * per_rank)  # this rank's rows of what is drawn for all
+    per_rank, mine = run.rows(config.batch_size)
     kwargs = dict(img_resolution=data.resolution, img_channels=data.channels, label_dim=data.num_classes if config.conditional else 0,
                   model_channels=config.model_channels, channel_mult=list(config.channel_mult), num_blocks=config.num_blocks,
                   attn_resolutions=list(config.attn_resolutions), dropout=config.dropout)

@@ -299,6 +299,12 @@ class Run:
         if self.rank == 0:
             tqdm.write(line, file=sys.stdout)
 
+    def rows(self, batch_size):
+        """(n, which): how many rows of a batch drawn for all are this rank's own, and which. UsageError if it cannot be shared."""
+        require(batch_size % self.world == 0, "batch_size", batch_size, f"must be a multiple of the {self.world} ranks")
+        n = batch_size // self.world
+        return n, slice(self.rank * n, (self.rank + 1) * n)
+
     def seconds(self):
         return self.earlier_seconds + time.perf_counter() - self.start
 
