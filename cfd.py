@@ -34,6 +34,7 @@ Measured: digits, from the 8-step students of progressive.py, with as many updat
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,20 +42,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.classifier import ImageNetInput, load_classifier
-from common.datasets import DATASETS, Stream, load_dataset
+from common.datasets import Stream, load_dataset
 from common.diffusion import expand, with_labels
 from common.fid import make_judge
 from common.teacher import load_teacher
-from common.training import (Run, UsageError, autocast, average_gradients, cli, fill_from_presets, option, parse_config, require, table)
+from common.training import (Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, fill_from_presets, option,
+                             parse_config, prepare, require, table)
 from progressive import check_stages, evaluate, make_student, pd_loss, plan, read_student, save_student, stage_levels, two_step_target
 
 CLASSIFIERS = ("own", "imagenet-resnet18", "imagenet-resnet50", "imagenet-densenet121", "imagenet-densenet201")
 
 
 @dataclass
-class Config:
-    dataset: str = option("digits", "data set; decides teacher and presets", choices=DATASETS)
-    data_dir: str | None = option(None, "where the data lies (default: the cache; folder: required)")
+class Config(TrainingOptions):
     teacher: str | None = option(None, "teacher checkpoint (default: the data set's own)")
     pd: str | None = option(None, "folder of a progressive.py run: start from its student, and measure its later ones as rows `pd`")
     from_steps: int | None = option(None, "steps of the teacher's sampler (official: 1024)")
@@ -63,7 +63,8 @@ class Config:
     sigma_max: float = option(80.0, "highest noise level (EDM); levels above are cut off")
     classifier: str = option("own", "whose features: the data set's own classifier, or torchvision's of ImageNet", choices=CLASSIFIERS)
     tau: float | None = option(None, "temperature of the teacher's features (official: 0.9 with DenseNet201, 0.95 with ResNet18)")
-    beta: float | None = option(None, "weight of entropy and diversity (official: 0 with DenseNet201, 0.003 with ResNet18)")
+    beta: float | None = option(None, "weight of entropy and diversity (official: 0 with DenseNet201, 0.003 with ResNet18); diversity is "
+                                      "that of the images that one rank has at a time")
     gamma: float = option(0.75, "share of the entropy in it (official, with ResNet18: 0.75)")
     updates: int | None = option(None, "updates of a stage, twice as many for 2 steps and 1 (official: 10,000)")
     batch_size: int | None = option(None, "images per update, over all ranks (official: 128)")
@@ -71,19 +72,11 @@ class Config:
     clip: float = option(1.0, "largest norm of the gradient (official: 1)")
     flip: bool | None = option(None, "random horizontal flips of the training images")
     nfe: tuple[int, ...] | None = option(None, "step counts to measure (default: 8, 4, 2, 1 as far as they are stages)")
-    eval_n: int | None = option(None, "seeds for FID and RMSE")
-    eval_batch: int | None = option(None, "images per batch while sampling")
-    inception: str | None = option(None, "FID weights of Inception (default: the cache, else a download, else the data set's classifier)")
-    seed: int = option(0, "seed of data order, levels and noise")
-    out: str | None = option(None, "folder of the run (default: runs/cfd-DATASET)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = option(False, "go on from the checkpoint in --out")
-    smoke: bool = option(False, "the whole path in seconds")
 
     def __post_init__(self):
         fill_from_presets(self, PRESETS, SMOKE)
         check_stages(self)
-        for name in ("updates", "batch_size", "lr", "clip", "eval_n", "eval_batch", "tau"):
+        for name in ("updates", "batch_size", "lr", "clip", "tau"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         require(self.beta >= 0, "beta", self.beta, "must not be negative")
         require(0 <= self.gamma <= 1, "gamma", self.gamma, "must lie between 0 and 1")
@@ -168,6 +161,17 @@ def train(config, run=None, teacher=None):
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, per_rank, config.seed, config.flip, run.rank, run.world)
 
+    prepare(config, student.net, halving.net)
+
+    def loss_of(n, x, sigma, sigma_mid, sigma_end, labels):
+        with autocast(run.device):
+            with torch.no_grad():
+                target = two_step_target(with_labels(halving, labels), x, sigma, sigma_mid, sigma_end)
+            x0_hat = with_labels(student, labels)(x, sigma)
+            if n >= config.cfd_from:
+                return pd_loss(x0_hat, target, sigma)
+            return cfd_loss(classifier, x0_hat, target, config.tau, config.beta, config.gamma)
+
     stages = stages_of(config)
     levels = {n: stage_levels(n, config.sigma_max).to(run.device, torch.float32) for n, _, _ in stages}
     parts = {"student": student, "teacher": halving, "optimizer": optimizer, "stream": stream}
@@ -184,17 +188,9 @@ def train(config, run=None, teacher=None):
         steps = torch.randint(len(levels[n]), (config.batch_size,), device=run.device)[mine]  # i ~ Cat[1 ... N]
         sigma, sigma_mid, sigma_end = levels[n][steps].unbind(1)  # (B,) each
         x = x0 + expand(sigma, x0) * noise
-        old, new = (with_labels(net, labels if teacher.net.label_dim else None) for net in (halving, student))
-        with autocast(run.device):
-            with torch.no_grad():
-                target = two_step_target(old, x, sigma, sigma_mid, sigma_end)
-            x0_hat = new(x, sigma)
-            if n >= config.cfd_from:
-                run.loss = pd_loss(x0_hat, target, sigma)
-            else:
-                run.loss = cfd_loss(classifier, x0_hat, target, config.tau, config.beta, config.gamma)
+        batch = x, sigma, sigma_mid, sigma_end, labels if teacher.net.label_dim else None
         optimizer.zero_grad()
-        run.loss.backward()
+        run.loss = accumulate(partial(loss_of, n), batch, config.batch_per_gpu)
         average_gradients(student.parameters())
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
         optimizer.step()
@@ -209,10 +205,8 @@ def main():
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     counts = [n for n, _, _ in stages_of(config)]
     pd = {n: read_student(Path(config.pd) / f"student-{n}.pt", teacher) for n in (config.cfd_from, *counts)} if config.pd else {}
-    judge = make_judge(config.dataset, run.device, config.data_dir, config.inception, smoke=config.smoke, unseen=True)
+    judge = make_judge(config, run.device, unseen=True)
     train(config, run, teacher)
-    if run.rank > 0:
-        return
     cfd = {n: read_student(run.out / f"student-{n}.pt", teacher) for n in counts}
     pd.update({n: cfd.pop(n) for n in counts if n >= config.cfd_from})
     results = evaluate(config, run, teacher, judge, {"pd": pd, "cfd": cfd})

@@ -47,13 +47,13 @@ import torch
 from torch import nn
 
 from common import unet
-from common.datasets import DATASETS, Stream, load_dataset, to_uint8
+from common.datasets import Stream, load_dataset
 from common.diffusion import GRIDS, expand, flow_from_edm, sigma_grid
-from common.fid import generate, make_judge
+from common.fid import labels_for, make_judge, measure
 from common.plots import save_curves, save_rows
 from common.solvers import ORDERS, SOLVERS, steps_for
-from common.training import (Run, UsageError, autocast, average_gradients, cli, ema_update, fill_from_presets, noise_from_seeds, option,
-                             parse_config, require, table)
+from common.training import (Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
+                             gather_rows, noise_from_seeds, option, parse_config, prepare, require, share_of, table)
 
 EPS, DISTILL_FROM = 1e-5, (8, 11, 14)  # the smallest t; where in 16 Euler steps the one-step targets come from (official)
 ARCHS = {"ddpmpp": unet.ddpmpp, "ncsnpp": unet.ncsnpp, "adm": unet.adm}
@@ -61,9 +61,7 @@ RK, STEP_RULES, WALKS = ("12", "23", "34"), ("uniform", "rule", "origin"), ("t",
 
 
 @dataclass
-class Config:
-    dataset: str = option("digits", "data set; decides the presets", choices=DATASETS)
-    data_dir: str | None = option(None, "where the data lies (default: the cache; folder: required)")
+class Config(TrainingOptions):
     rk: str = option("12", "catch-up targets: 12, 23 or 34, of 1, 2 or 3 heads (paper: all three)", choices=RK)
     exact_rk: bool = option(False, "Runge-Kutta weights of the order that their names promise, for all targets")
     step_rule: str = option("uniform", "step h: u / TN with u uniform, t / TN (rule), 1 / TN (origin) (official)", choices=STEP_RULES)
@@ -71,6 +69,7 @@ class Config:
     adaptive_weight: bool | None = option(None, "at iteration i of I weigh catch-up by 2 i/I, the data by 2 (1 - i/I) (official flag)")
     target_dropout: bool = option(False, "compute the targets with dropout on, as the official code does")
     independent: bool | None = option(None, "z1 is independent of x0: no encoder (official flag)")
+    conditional: bool = option(False, "condition the velocity on the class labels; the encoder does not see them")
     kl_weight: float = option(20.0, "weight of the encoder's KL term (official commands: 20)")
     shakedrop: bool | None = option(None, "weigh decoder against skips by t (official flag)")
     phi: float | None = option(None, "ShakeDrop: share of the decoder at t = 0, that of the skips at t = 1")
@@ -96,14 +95,6 @@ class Config:
     order: int | None = option(None, "highest order of a multistep solver; ipndm in t: Adams-Bashforth (default: the solver's)")
     walk: str = option("t", "it walks in t, in equal steps from 1 to 0, or in sigma, from 80 to 0.002 on this grid", choices=WALKS)
     head: int = option(1, "the head that samples (official: 1)")
-    eval_n: int | None = option(None, "held-out seeds for FID")
-    eval_batch: int | None = option(None, "images per batch while sampling")
-    inception: str | None = option(None, "FID weights of Inception (default: the cache, else a download, else the data set's classifier)")
-    seed: int = option(0, "seed of initialization, data order and all draws")
-    out: str | None = option(None, "folder of the run (default: runs/cud-DATASET)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = option(False, "go on from the checkpoint in --out")
-    smoke: bool = option(False, "the whole path in seconds")
 
     def __post_init__(self):
         fill_from_presets(self, PRESETS, SMOKE)
@@ -111,8 +102,7 @@ class Config:
         self.nfe = (self.nfe,) if isinstance(self.nfe, int) else tuple(dict.fromkeys(self.nfe))
         for name, right in ("rk", RK), ("step_rule", STEP_RULES), ("solver", SOLVERS), ("walk", WALKS):
             require(getattr(self, name) in right, name, getattr(self, name), f"choose one of {', '.join(right)}")
-        for name in ("steps", "batch_size", "lr", "distill_n", "distill_lr", "eval_n", "eval_batch", "model_channels", "num_blocks",
-                     "encoder_channels"):
+        for name in ("steps", "batch_size", "lr", "distill_n", "distill_lr", "model_channels", "num_blocks", "encoder_channels"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         for name in ("warmup", "distill_steps", "kl_weight"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be below 0")
@@ -158,13 +148,18 @@ class Velocity(nn.Module):
         self.more = nn.ModuleList(nn.Sequential(unet.group_norm(norm.num_channels, 1e-6), nn.SiLU(), unet.Conv2d(
             norm.num_channels, net.img_channels, 3, net.family.init_zero)) for _ in range(heads - 1))
 
-    def forward(self, z, t, heads=1):
-        """z (B, C, H, W), t (B,) or a number -> what the first `heads` heads say, (heads, B, C, H, W), in z's dtype."""
+    def forward(self, z, t, heads=1, labels=None):
+        """z (B, C, H, W), t (B,) or a number, labels (B,) -> what the first `heads` heads say, (heads, B, C, H, W), in z's dtype."""
         dtype = self.net.map_layer0.weight.dtype
         t = torch.as_tensor(t, dtype=dtype, device=z.device).expand(len(z))
         balance = None if self.phi is None else t * (1 - 2 * self.phi) + self.phi  # "prior ShakeDrop": phi at t = 0, 1 - phi at t = 1
-        features = self.net.forward_features(z.to(dtype), t, balance=balance)
+        features = self.net.forward_features(z.to(dtype), t, labels, balance=balance)
         return torch.stack([head(features) for head in (self.net.head, *self.more[: heads - 1])]).to(z.dtype)
+
+
+def labelled(net, labels):
+    """A Velocity that knows its labels (B,), or None."""
+    return net if labels is None else partial(net, labels=labels)
 
 
 def gaussian_kl(mu, logvar):
@@ -253,8 +248,8 @@ def times(n):
     return torch.linspace(1, 0, n + 1, dtype=torch.float64)
 
 
-def sample(velocity, noise, labels=None, nfe=1, solver="euler", order=None, walk="t"):
-    """Unit noise (B, C, H, W) -> x0 with exactly `nfe` evaluations; walk: "t", or the grid of a walk in sigma. There are no labels."""
+def sample(velocity, noise, nfe=1, solver="euler", order=None, walk="t"):
+    """Unit noise (B, C, H, W) -> x0 with exactly `nfe` evaluations; walk: "t", or the grid of a walk in sigma."""
     n = steps_for(solver, nfe, ends_in_zero=walk == "t")
     levels = times(n) if walk == "t" else sigma_grid(walk, n)
     return SOLVERS[solver](as_denoiser(velocity, walk == "t"), levels[0].item() * noise, levels, **({"order": order} if order else {}))
@@ -294,14 +289,15 @@ class Learner:
         self.trained = nn.ModuleList([net, *more])
         self.optimizer = torch.optim.Adam(self.trained.parameters(), fused=True)
 
-    def update(self, i, loss, lr):
-        """Iteration i: a step down `loss`; then the EMA."""
+    def update(self, i, loss_of, batch, lr):
+        """Iteration i: a step down the mean loss of a batch, which it returns; then the EMA."""
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad()
-        loss.backward()
+        loss = accumulate(loss_of, batch, self.config.batch_per_gpu)
         average_gradients(self.optimizer.param_groups[0]["params"])
         self.optimizer.step()
         ema_update(self.ema, self.net, min(self.config.ema, (1 + i) / (10 + i)))
+        return loss
 
     def state_dict(self):
         return {name: getattr(self, name).state_dict() for name in ("trained", "ema", "optimizer")}
@@ -314,7 +310,8 @@ class Learner:
 def make_net(config, data, encoder=False):
     width, blocks = (config.encoder_channels, min(2, config.num_blocks)) if encoder else (config.model_channels, config.num_blocks)
     try:
-        net = ARCHS[config.arch](data.resolution, data.channels, model_channels=width, channel_mult=list(config.channel_mult),
+        classes = data.num_classes if config.conditional and not encoder else 0
+        net = ARCHS[config.arch](data.resolution, data.channels, classes, model_channels=width, channel_mult=list(config.channel_mult),
                                  num_blocks=blocks, attn_resolutions=list(config.attn_resolutions), dropout=config.dropout)
     except ValueError as error:
         raise UsageError(f"--dataset {config.dataset} with --arch {config.arch}: {error}") from None
@@ -346,6 +343,7 @@ def train(config, run=None):
     if config.distill_steps:
         parts.update(student=Learner(config, copy.deepcopy(net)))
     cud, flow, halfway, student, stream = map(parts.get, ("cud", "flow", "halfway", "student", "stream"))
+    prepare(config, *encoder, *(part.net for part in (cud, flow, student) if part))
     run.say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(data.images):,} images")
     first, begin = run.restore(parts), 0
 
@@ -360,34 +358,38 @@ def train(config, run=None):
             yield step - start
 
     def draw():
-        """x0, noise (B, C, H, W); t, h (B,): the global batch is drawn on every rank, which takes its own rows."""
+        """x0, noise (B, C, H, W); t, h, labels (B,): the global batch is drawn on every rank, which takes its own rows."""
         t, u = torch.rand(2, config.batch_size, device=run.device)[:, mine]
         noise = torch.randn(config.batch_size, *shape, device=run.device)[mine]
         t = t * (1 - EPS) + EPS
-        return stream.next()[0], noise, t, step_size(config.step_rule, t, u, config.tn)
+        x0, labels = stream.next()
+        return x0, noise, t, step_size(config.step_rule, t, u, config.tn), labels if config.conditional else None
 
-    def quietly(z, t):
+    def quietly(z, t, **labels):
         net.eval()
-        v = net(z, t)
+        v = net(z, t, **labels)
         net.train()
         return v
 
-    quiet = None if config.dropout == 0 else net if config.target_dropout else quietly
-    for i in iterations(config.steps, "cud"):
-        x0, noise, t, h = draw()
+    def cud_loss(i, x0, noise, t, h, labels):
         weights = (2 * i / config.steps, 2 - 2 * i / config.steps) if config.adaptive_weight else (1, 1)
+        velocity = labelled(net, labels)
+        quiet = None if config.dropout == 0 else velocity if config.target_dropout else labelled(quietly, labels)
         with autocast(run.device):
             z1, kl = encode(*encoder, x0, noise) if encoder else (noise, 0)
-            run.loss = catch_up_loss(net, x0, z1, t, h, config.heads, weights, config.exact_rk, quiet) + config.kl_weight * kl
-        cud.update(i, run.loss, config.lr * min(1, (i + 1) / max(1, config.warmup)))
+            return catch_up_loss(velocity, x0, z1, t, h, config.heads, weights, config.exact_rk, quiet) + config.kl_weight * kl
+
+    for i in iterations(config.steps, "cud"):
+        run.loss = cud.update(i, partial(cud_loss, i), draw(), config.lr * min(1, (i + 1) / max(1, config.warmup)))
     models = {"cud": cud.ema}
 
     if config.baseline:  # first as many iterations, then as many passes
-        for i in iterations(training_costs(config)["rectified-flow-equal-compute"]["iterations"], "rectified flow"):
-            x0, noise, t, _ = draw()
+        def baseline_loss(x0, noise, t, h, labels):
             with autocast(run.device):
-                run.loss = flow_loss(flow.net, x0, noise, t)
-            flow.update(i, run.loss, config.lr * min(1, (i + 1) / max(1, config.warmup)))
+                return flow_loss(labelled(flow.net, labels), x0, noise, t)
+
+        for i in iterations(training_costs(config)["rectified-flow-equal-compute"]["iterations"], "rectified flow"):
+            run.loss = flow.update(i, baseline_loss, draw(), config.lr * min(1, (i + 1) / max(1, config.warmup)))
             if i == config.steps - 1:
                 halfway.load_state_dict(flow.ema.state_dict())
         models.update({"rectified-flow": halfway, "rectified-flow-equal-compute": flow.ema})
@@ -395,13 +397,22 @@ def train(config, run=None):
     if config.distill_steps:
         for own in (student.net, student.ema) if first <= begin else ():
             own.load_state_dict(cud.ema.state_dict())
-        z = noise_from_seeds(torch.arange(config.distill_n) + 10**9 * (config.seed + 1), shape, run.device).float()  # evaluation: 0, 1, ...
-        targets = torch.cat([along_euler(of_head(cud.ema), part, 16)[2][DISTILL_FROM,].float() for part in z.split(config.eval_batch)], 1)
-        for i in iterations(3 * config.distill_steps, "one step"):  # targets: (3, distill_n, C, H, W)
-            rows = torch.randint(config.distill_n, (config.batch_size,), device=run.device)[mine]
+        seeds = torch.arange(config.distill_n) + 10**9 * (config.seed + 1)  # the evaluation has 0, 1, ...
+        z, labels = noise_from_seeds(seeds, shape, run.device).float(), labels_for(seeds, net.net.label_dim, run.device)
+        targets = z[:0, None].expand(-1, 3, *shape)
+        for i in torch.arange(config.distill_n, device=run.device)[share_of(config.distill_n)].split(config.eval_batch):
+            ahead = along_euler(of_head(labelled(cud.ema, None if labels is None else labels[i])), z[i], 16)[2][DISTILL_FROM,]
+            targets = torch.cat([targets, ahead.float().transpose(0, 1)])
+        targets = gather_rows(targets)
+
+        def student_loss(z, goal, labels):
             with autocast(run.device):
-                run.loss = one_step_loss(student.net, student.ema, z[rows], targets[i // config.distill_steps][rows])
-            student.update(i, run.loss, config.distill_lr)
+                return one_step_loss(labelled(student.net, labels), labelled(student.ema, labels), z, goal)
+
+        for i in iterations(3 * config.distill_steps, "one step"):  # targets: (distill_n, 3, C, H, W)
+            rows = torch.randint(config.distill_n, (config.batch_size,), device=run.device)[mine]
+            batch = z[rows], targets[rows, i // config.distill_steps], None if labels is None else labels[rows]
+            run.loss = student.update(i, student_loss, batch, config.distill_lr)
         models["cud-1step"] = student.ema
     return models
 
@@ -410,20 +421,26 @@ def train(config, run=None):
 
 def evaluate(config, run, models, judge):
     """Every model at every budget from the same held-out noise (seeds 0 ... eval_n - 1): rows, curves and pictures."""
-    rows, pictures, curves, bends, shape = [], {}, {}, {}, models["cud"].net.img_shape
-    noise = noise_from_seeds(range(min(256, config.eval_n)), shape, run.device).float()
+    def sampler(net, head, nfe):
+        return lambda noise, labels: sample(of_head(labelled(net, labels), head), noise, nfe, config.solver, config.order, config.walk)
+
+    shape, label_dim = models["cud"].net.img_shape, models["cud"].net.label_dim
+    seeds = range(min(256, config.eval_n))
+    noise, labels = noise_from_seeds(seeds, shape, run.device).float(), labels_for(seeds, label_dim, run.device)
+    samplers, straight, bends = {}, {}, {}
     for name, net in models.items():
-        velocity = of_head(net, config.head if name == "cud" else 1)
-        straight, from_line = straightness(velocity, noise)
-        for nfe in (1,) if name == "cud-1step" else config.nfe:
-            sampler = partial(sample, velocity, nfe=nfe, solver=config.solver, order=config.order, walk=config.walk)
-            x0 = generate(sampler, range(config.eval_n), shape, run.device, config.eval_batch, what=f"{name} {nfe}")
-            rows.append({"name": name, "nfe": nfe, **judge.row(x0), "straightness": straight})
-            pictures[f"{name.removeprefix('rectified-flow-')} {nfe}"] = to_uint8(x0[:16])
-        curves[name] = tuple(zip(*[(row["nfe"], row["fid"]) for row in rows if row["name"] == name]))
+        head = config.head if name == "cud" else 1
+        samplers.update({(name, nfe): sampler(net, head, nfe) for nfe in ((1,) if name == "cud-1step" else config.nfe)})
+        straight[name], from_line = straightness(of_head(labelled(net, labels), head), noise)
         if name in ("cud", "rectified-flow"):
             lines = {"mean": from_line.mean(1), "image 0": from_line[:, 0], "image 1": from_line[:, 1 % len(noise)]}
             bends.update({f"{name}, {k}": (times(len(line) - 1).tolist(), line.tolist()) for k, line in lines.items()})
+    rows, pictures = measure(samplers, config, shape, run.device, judge, label_dim)
+    rows = [{**row, "straightness": straight[row["name"]]} for row in rows]
+    if run.rank > 0:
+        return rows
+    curves = {name: tuple(zip(*[(row["nfe"], row["fid"]) for row in rows if row["name"] == name])) for name in models}
+    pictures = {label.removeprefix("rectified-flow-"): images for label, images in pictures.items()}
     save_rows(run.out / "samples.png", pictures)
     save_curves(run.out / "fid.png", curves, "network evaluations", f"FID [{rows[0]['fid_features']}]", f"n = {config.eval_n}", log="xy")
     save_curves(run.out / "trajectories.png", bends, "t", "RMS distance from the straight line", f"{config.dataset}: trajectories")
@@ -433,10 +450,8 @@ def evaluate(config, run, models, judge):
 def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("cud", config)
-    judge = make_judge(config.dataset, run.device, config.data_dir, config.inception, smoke=config.smoke, unseen=True)
+    judge = make_judge(config, run.device, unseen=True)
     models = train(config, run)
-    if run.rank > 0:
-        return
     results, costs = evaluate(config, run, models, judge), training_costs(config)
     run.metrics(results, teacher="none", training_cost=costs)
     run.say(table(results, ["name", "nfe", "fid", "fid_unseen", "straightness"]))

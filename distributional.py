@@ -41,23 +41,21 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from common.classifier import ImageNetInput, load_classifier
-from common.datasets import DATASETS, Stream, load_dataset, to_uint8
+from common.datasets import Stream, load_dataset
 from common.diffusion import Denoiser, sigma_grid, with_labels
-from common.fid import generate, make_judge
+from common.fid import make_judge, measure
 from common.plots import save_curves, save_heatmap, save_rows
 from common.solvers import euler, heun
 from common.teacher import ARCHS, load_teacher
-from common.training import (Run, UsageError, autocast, average_gradients, cli, ema_decay, ema_update, fill_from_presets, option,
-                             parse_config, require, table)
+from common.training import (Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, ema_decay, ema_update,
+                             fill_from_presets, option, parse_config, prepare, require, table)
 from common.unet import Block
 
 FREEZE = {"none": "", "conv": "conv|proj", "conv+qkv": "conv|proj|qkv", "conv+qkv+skip": "conv|proj|qkv|skip"}
 
 
 @dataclass
-class Config:
-    dataset: str = option("digits", "data set; decides teacher and presets", choices=DATASETS)
-    data_dir: str | None = option(None, "where the data lies (default: the cache; folder: required)")
+class Config(TrainingOptions):
     teacher: str | None = option(None, "teacher checkpoint (default: the data set's own)")
     freeze: str = option("conv", "what residual blocks keep of the teacher; none: GDD, else GDD-I (official: conv)", choices=tuple(FREEZE))
     init: str = option("teacher", "the generator's first weights", choices=("teacher", "random"))
@@ -70,21 +68,14 @@ class Config:
     r1_gamma: float = option(1e-4, "weight of the gradient penalty on real images, 0: none (official)")
     r1_every: int = option(16, "the penalty is taken at every 16th step, 16 times as strong (official)")
     ema_images: float | None = option(None, "half-life of the generator's EMA in images, at most 0.05 of the images seen (official)")
+    recall: bool = option(True, "precision and recall: keeps the features of all images")
     sigma_max: float = option(80.0, "noise level at which the network generates (official)")
     nfe: tuple[int, ...] = option((1, 5, 10), "evaluations of the teacher's DDIM rows (the generator takes one)")
-    eval_n: int | None = option(None, "held-out seeds for FID, precision and recall")
-    eval_batch: int | None = option(None, "images per batch while sampling")
-    inception: str | None = option(None, "FID weights of Inception (default: the cache, else a download, else the data set's classifier)")
-    seed: int = option(0, "seed of projections, heads, data order and noise")
-    out: str | None = option(None, "folder of the run (default: runs/distributional-DATASET)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = option(False, "go on from the checkpoint in --out")
-    smoke: bool = option(False, "the whole path in seconds")
 
     def __post_init__(self):
         fill_from_presets(self, PRESETS, SMOKE)
         self.nfe = (self.nfe,) if isinstance(self.nfe, int) else tuple(dict.fromkeys(self.nfe))
-        for name in ("width", "batch_size", "r1_every", "eval_batch"):
+        for name in ("width", "batch_size", "r1_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("lr", "lr_d", "ema_images", "sigma_max"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
@@ -263,15 +254,16 @@ class Player:
         self.optimizer = torch.optim.Adam(self.trained.values(), lr, (0.0, beta2), fused=True)
         self.broken = torch.full((len(self.trained),), -1, device=device)
 
-    def update(self, loss, step):
-        """One Adam step along the gradient of `loss` of the trained tensors alone. The device is not waited for."""
+    def update(self, loss_of, batch, step, at_most=None):
+        """One Adam step, of the trained tensors alone, down a mean over a batch, which it returns. The device is not waited for."""
         parameters = list(self.trained.values())
         self.optimizer.zero_grad(set_to_none=False)  # R1 has no gradient for the last biases
-        loss.backward(inputs=parameters)
+        loss = accumulate(loss_of, batch, at_most, inputs=parameters)
         average_gradients(parameters)
         largest = torch.stack(torch._foreach_norm([p.grad for p in parameters], float("inf")))
         self.broken = torch.where((self.broken < 0) & ~largest.isfinite(), step, self.broken)
         self.optimizer.step()
+        return loss
 
     def faults(self):
         """[(name of a tensor, the first step whose gradient of it was not finite)]."""
@@ -311,6 +303,7 @@ def train(config, run=None, teacher=None, judge=None):
     ema = copy.deepcopy(generator).requires_grad_(False)
     discriminator = Discriminator(feature_networks(config, run.device), shape, config.width, label_dim)
     discriminator = discriminator.to(run.device, memory_format=torch.channels_last)
+    prepare(config, generator.net)
     correction = config.r1_every / (config.r1_every + 1) if config.r1_gamma else 1  # of StyleGAN2: one update in 17 is R1's
     g, d = Player(generator, config.lr), Player(discriminator, config.lr_d * correction, 0.99**correction)
     stream = Stream(data, per_rank, config.seed, False, run.rank, run.world)
@@ -321,38 +314,49 @@ def train(config, run=None, teacher=None, judge=None):
 
     def look(done):
         """What the EMA has learned after `done` steps: a row and a picture."""
-        n = config.eval_n if judge else 16
-        x = generate(one_step(ema, config.sigma_max), range(n), shape, run.device, config.eval_batch, label_dim, f"{done} steps")
-        history.pictures[f"{done * config.batch_size:,}"] = to_uint8(x[:16])
+        sampler = {(f"{done} steps", 1): one_step(ema, config.sigma_max)}
+        (row,), pictures = measure(sampler, config, shape, run.device, judge, label_dim)
+        history.pictures[f"{done * config.batch_size:,}"] = pictures[f"{done} steps 1"]
         if judge:
-            history.rows.append({"images": done * config.batch_size, **judge.row(x)})
+            history.rows.append({"images": done * config.batch_size, **row})
             run.log(what="measured", **history.rows[-1])
+
+    fakes = []  # what the generator made for its own update, parts of the batch; the discriminator's next
+
+    def loss_of_g(noise, labels):
+        with autocast(run.device):
+            fake = generator(config.sigma_max * noise, config.sigma_max, labels)
+            fakes.append(fake.detach())
+            return generator_loss(discriminator(fake, labels))
+
+    def loss_of_d(x0, fake, labels):
+        with autocast(run.device):
+            return discriminator_loss(discriminator(x0, labels), discriminator(fake, labels))
+
+    def loss_of_r1(x0, labels):  # in float32: it is a second derivative
+        return config.r1_every * r1_penalty(discriminator, x0, labels, config.r1_gamma)
 
     parts = {"generator": generator, "ema": ema, "discriminator": discriminator, "optimizer_g": g.optimizer, "optimizer_d": d.optimizer,
              "stream": stream, "history": history}
     first = run.restore(parts)
     looks = {max(1, round(steps * part)) for part in (1 / 16, 1 / 4, 1 / 2, 1)}
-    if first == 0 and run.rank == 0:
+    if first == 0:
         look(0)
     try:
         for step in run.steps(first, steps, parts):
             x0, labels = stream.next()
             noise = torch.randn(config.batch_size, *shape, device=run.device)[mine]
             labels = labels if label_dim else None  # fake images get the classes of the real ones
-            with autocast(run.device):
-                fake = generator(config.sigma_max * noise, config.sigma_max, labels)
-                loss_g = generator_loss(discriminator(fake, labels))
-            g.update(loss_g, step)
-            with autocast(run.device):
-                loss_d = discriminator_loss(discriminator(x0, labels), discriminator(fake.detach(), labels))
-            d.update(loss_d, step)
-            if config.r1_gamma and step and step % config.r1_every == 0:  # in float32: it is a second derivative
-                d.update(config.r1_every * r1_penalty(discriminator, x0, labels, config.r1_gamma), step)
+            loss_g = g.update(loss_of_g, (noise, labels), step, config.batch_per_gpu)
+            loss_d = d.update(loss_of_d, (x0, torch.cat(fakes), labels), step, config.batch_per_gpu)
+            fakes.clear()
+            if config.r1_gamma and step and step % config.r1_every == 0:
+                d.update(loss_of_r1, (x0, labels), step, config.batch_per_gpu)
             ema_update(ema, generator, ema_decay(step * config.batch_size, config.batch_size, config.ema_images))
-            history.losses[step] = torch.stack([loss_g.detach(), loss_d.detach()])
+            history.losses[step] = torch.stack([loss_g, loss_d])
             good = (g.broken < 0).all() & (d.broken < 0).all()
             run.loss = torch.where(good, history.losses[step, 0], torch.nan)  # read now and then, and before every save
-            if step + 1 in looks and run.rank == 0:
+            if step + 1 in looks:
                 look(step + 1)
     except UsageError as error:
         faults = [(s, f"generator {name}") for name, s in g.faults()] + [(s, f"discriminator {name}") for name, s in d.faults()]
@@ -386,25 +390,23 @@ def activation_changes(teacher, x0, noise, sigmas, labels=None):
     return changes
 
 
-def evaluate(config, run, teacher, judge, history):
+def evaluate(config, run, teacher, judge, generator, history):
     """Rows: the teacher's DDIM at a few budgets, the one-step generator, the teacher at its best; and the pictures."""
-    shape, label_dim = teacher.net.img_shape, teacher.net.label_dim
-    end = torch.zeros(1, dtype=torch.float64)
+    shape, label_dim, half = teacher.net.img_shape, teacher.net.label_dim, 2 if config.smoke else 18
+    name = "gdd" if config.freeze == "none" else "gdd-i"
 
-    def measure(name, nfe, solver, sigmas):
-        def sampler(noise, labels):
-            return solver(with_labels(teacher, labels), config.sigma_max * noise, sigmas)
+    def walk(solver, sigmas):
+        return lambda noise, labels: solver(with_labels(teacher, labels), config.sigma_max * noise, sigmas)
 
-        x = generate(sampler, range(config.eval_n), shape, run.device, config.eval_batch, label_dim, f"{name} {nfe}")
-        pictures[f"{name} {nfe}"] = to_uint8(x[:16])
-        return {"name": name, "nfe": nfe, **judge.row(x)}
-
-    pictures = dict(history.pictures)
-    rows = [measure("ddim", nfe, euler, sigma_grid("edm", nfe, sigma_max=config.sigma_max)) for nfe in config.nfe]
-    rows.append({"name": "gdd" if config.freeze == "none" else "gdd-i", "nfe": 1, **history.rows[-1]})
-    half = 2 if config.smoke else 18
-    rows.append(measure("teacher", 2 * half - 1, heun, torch.cat([sigma_grid("edm", half - 1, sigma_max=config.sigma_max), end])))
-    save_rows(run.out / "samples.png", pictures)
+    samplers = {("ddim", nfe): walk(euler, sigma_grid("edm", nfe, sigma_max=config.sigma_max)) for nfe in config.nfe}
+    samplers[name, 1] = one_step(generator, config.sigma_max)
+    fine = torch.cat([sigma_grid("edm", half - 1, sigma_max=config.sigma_max), torch.zeros(1, dtype=torch.float64)])
+    samplers["teacher", 2 * half - 1] = walk(heun, fine)
+    rows, pictures = measure(samplers, config, shape, run.device, judge, label_dim)
+    if run.rank > 0:
+        return rows
+    trained = pictures.pop(f"{name} 1")
+    save_rows(run.out / "samples.png", {**history.pictures, f"{name}": trained, **pictures})
 
     every = max(1, len(history.losses) // 100)  # steps that one point of the curve is the mean of
     means = torch.stack([part.mean(0) for part in history.losses.cpu().split(every)])
@@ -425,11 +427,11 @@ def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("distributional", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    judge = make_judge(config.dataset, run.device, config.data_dir, config.inception, smoke=config.smoke, unseen=True, recall=True)
-    _, history = train(config, run, teacher, judge)
+    judge = make_judge(config, run.device, unseen=True)
+    generator, history = train(config, run, teacher, judge)
+    results = evaluate(config, run, teacher, judge, generator, history)
     if run.rank > 0:
         return
-    results = evaluate(config, run, teacher, judge, history)
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)", trace=history.rows)
     run.say(table(results, ["name", "nfe", "fid", "fid_unseen", "precision", "recall"]))
     run.say("precision and recall in the space of fid_unseen; fid (fid_unseen) on the way: "

@@ -48,21 +48,19 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from common.datasets import DATASETS, to_uint8
 from common.diffusion import GRIDS, sigma_grid, with_labels
-from common.fid import generate, labels_for, make_judge
+from common.fid import labels_for, make_judge, measure
 from common.plots import save_curves, save_rows
 from common.solvers import TWO_EVALUATIONS, deis, dpm2, dpmpp, euler, heun, ipndm
 from common.teacher import load_teacher
-from common.training import Run, UsageError, cli, fill_from_presets, noise_from_seeds, option, parse_config, require, save_json, table
+from common.training import (Options, Run, UsageError, cli, fill_from_presets, noise_from_seeds, option, parse_config, require, save_json,
+                             table)
 
 SOLVERS = {"ddim": euler, "ipndm": ipndm, "dpm2": dpm2, "deis2": partial(deis, order=2), "deis3": partial(deis, order=3), "heun": heun}
 
 
 @dataclass
-class Config:
-    dataset: str = option("digits", "data set; decides teacher and presets", choices=DATASETS)
-    data_dir: str | None = option(None, "where the data lies (default: the cache; folder: required)")
+class Config(Options):
     teacher: str | None = option(None, "teacher checkpoint (default: the data set's own)")
     nfe: tuple[int, ...] = option((5,), "network evaluations of the student, one or several budgets (official commands: 10)")
     solver: tuple[str, ...] = option(tuple(SOLVERS), "solvers to distil (the paper's)", choices=tuple(SOLVERS))
@@ -76,19 +74,11 @@ class Config:
     fit_n: int | None = option(None, "images of the fitting set (official: one batch of 100)")
     fit_batch: int | None = option(None, "of these, how many at a time")
     reference_nfe: int | None = option(None, "evaluations of the fine trajectory that RMSE is measured to: Heun, half as many steps")
-    eval_n: int | None = option(None, "held-out seeds for RMSE and FID")
-    eval_batch: int | None = option(None, "images per batch while sampling")
-    inception: str | None = option(None, "FID weights of Inception (default: the cache, else a download, else the data set's classifier)")
-    seed: int = option(0, "seed of the fitting set")
-    out: str | None = option(None, "folder of the run (default: runs/dode-DATASET)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = option(False, "go on from the checkpoint in --out: solvers that are fitted already are not fitted again")
-    smoke: bool = option(False, "the whole path in seconds")
 
     def __post_init__(self):
         fill_from_presets(self, PRESETS, SMOKE)
         self.nfe, self.solver = ((v,) if isinstance(v, (int, str)) else tuple(dict.fromkeys(v)) for v in (self.nfe, self.solver))
-        for name in ("scale", "fit_n", "fit_batch", "eval_n", "eval_batch"):
+        for name in ("scale", "fit_n", "fit_batch"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.reference_nfe >= 2, "reference_nfe", self.reference_nfe, "must be at least 2")
         for solver in self.solver:
@@ -345,38 +335,34 @@ def evaluate(config, run, teacher, judge, fitted):
 
     rmse_to_teacher: root mean square over images and pixels in [-1, 1], against the fine trajectory (row `teacher`).
     """
-    shape = teacher.net.img_shape
+    samplers, cost, shown, curves = {}, {}, [], {}
+
+    def row(name, nfe, solver, **more):
+        samplers[name, nfe] = lambda noise, labels: solver(with_labels(teacher, labels), config.sigma_max * noise)
+        cost[name, nfe] = more
+
     end = torch.zeros(1 if config.official_grid else 0, dtype=torch.float64)
-
-    def measure(name, nfe, solver, **more):
-        def sampler(noise, labels):
-            return solver(with_labels(teacher, labels), config.sigma_max * noise)
-
-        x = generate(sampler, range(config.eval_n), shape, run.device, config.eval_batch, teacher.net.label_dim, f"{name} {nfe}")
-        row = {"name": name, "nfe": nfe, **judge.row(x), **more}
-        if rows:
-            row["rmse_to_teacher"] = (x - truth).double().square().mean().sqrt().item()
-        rows.append(row)
-        return x
-
-    rows, pictures, curves = [], {}, {}
     fine = torch.cat([sigma_grid("edm", config.reference_nfe // 2, config.sigma_min, config.sigma_max), end])
-    truth = measure("teacher", 2 * (len(fine) - 1) - len(end), lambda denoiser, x: heun(denoiser, x, fine))
+    row("teacher", 2 * (len(fine) - 1) - len(end), lambda denoiser, x: heun(denoiser, x, fine))
     for (solver, nfe), entry in fitted.items():
         stages = stages_of(solver, entry["sigmas"], nfe)
-        plain = measure(solver, len(stages), partial(walk, stages=stages))
-        cost = {k: entry[k] for k in ("fit_evaluations", "fit_seconds")}
-        ours = measure(f"d-{solver}", len(stages), partial(walk, stages=stages, lambdas=entry["lambdas"], output=config.output), **cost)
+        row(solver, len(stages), partial(walk, stages=stages))
+        row(f"d-{solver}", len(stages), partial(walk, stages=stages, lambdas=entry["lambdas"], output=config.output),
+            **{k: entry[k] for k in ("fit_evaluations", "fit_seconds")})
         if nfe == config.nfe[0]:  # the pictures show the first budget
-            pictures[solver], pictures[f"d-{solver}"] = to_uint8(plain[:16]), to_uint8(ours[:16])
+            shown += [f"{solver} {len(stages)}", f"d-{solver} {len(stages)}"]
             curves[f"d-{solver}"] = ([s.sigma for s in stages], [max(-4, min(4, v)) for v in entry["lambdas"]])
     for nfe in config.nfe:
         sigmas = student_grid(config, "ddim", nfe)
-        measure("ab2", nfe, lambda denoiser, x, sigmas=sigmas: ipndm(denoiser, x, sigmas, order=2))  # lambda = 1/2 in noise
-        measure("dpmpp2m", nfe, lambda denoiser, x, sigmas=sigmas: dpmpp(denoiser, x, sigmas, order=2))
-    save_rows(run.out / "samples.png", {"teacher": to_uint8(truth[:16]), **pictures})
-    save_curves(run.out / "lambdas.png", curves, "sigma", "lambda", f"{config.dataset}, {config.nfe[0]} evaluations (cut at +-4)", log="x")
-    return [*rows[1:], {**rows[0], "rmse_to_teacher": 0.0}]
+        row("ab2", nfe, lambda denoiser, x, sigmas=sigmas: ipndm(denoiser, x, sigmas, order=2))  # lambda = 1/2 in noise
+        row("dpmpp2m", nfe, lambda denoiser, x, sigmas=sigmas: dpmpp(denoiser, x, sigmas, order=2))
+    rows, pictures = measure(samplers, config, teacher.net.img_shape, run.device, judge, teacher.net.label_dim, truth=True)
+    if run.rank == 0:
+        save_rows(run.out / "samples.png", {k: v for k, v in pictures.items() if k in shown or k.startswith("teacher")})
+        save_curves(run.out / "lambdas.png", curves, "sigma", "lambda", f"{config.dataset}, {config.nfe[0]} evaluations (cut at +-4)",
+                    log="x")
+    rows = [{**row, **more} for row, more in zip(rows, cost.values())]
+    return [*rows[1:], rows[0]]
 
 
 def main():
@@ -385,11 +371,9 @@ def main():
         read_lambdas(config)  # before any work
     run = Run("dode", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    judge = make_judge(config.dataset, run.device, config.data_dir, config.inception, smoke=config.smoke)
+    judge = make_judge(config, run.device)
     fitted = fit(config, run, teacher)
-    if run.rank > 0:
-        return
-    if not config.lambdas:
+    if not config.lambdas and run.rank == 0:
         write_lambdas(run.out / "lambdas.json", config, fitted)
     results = evaluate(config, run, teacher, judge, fitted)
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)")

@@ -41,19 +41,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.classifier import load_classifier
-from common.datasets import DATASETS, to_uint8
 from common.diffusion import GRIDS, check_grid, sigma_grid, with_labels
-from common.fid import generate, labels_for, make_judge
+from common.fid import labels_for, make_judge, measure
 from common.plots import save_rows, save_sigma_grids
 from common.solvers import ORDERS, SOLVERS, steps_for
 from common.teacher import load_teacher
-from common.training import Run, UsageError, cli, fill_from_presets, noise_from_seeds, option, parse_config, require, save_json, table
+from common.training import (Options, Run, UsageError, average_gradients, cli, fill_from_presets, gather_rows, noise_from_seeds, option,
+                             parse_config, require, save_json, share_of, sum_over_ranks, table)
 
 
 @dataclass
-class Config:
-    dataset: str = option("digits", "data set; decides teacher and presets", choices=DATASETS)
-    data_dir: str | None = option(None, "where the data lies (default: the cache; folder: required)")
+class Config(Options):
     teacher: str | None = option(None, "teacher checkpoint (default: the data set's own)")
     nfe: int = option(5, "network evaluations of the student (paper: 4 to 10)")
     solver: str = option("unipc", "the student's solver (paper: unipc, dpmpp, ipndm)", choices=tuple(SOLVERS))
@@ -82,15 +80,6 @@ class Config:
     radius: float | None = option(None, "radius of the ball (default, official: 0.001 H W C / N^2)")
     checkpoint: bool = option(False, "recompute each solver step in the backward pass: memory does not grow with --nfe")
     schedule: str | None = option(None, "start from this schedule.json instead of a hand-made grid")
-    eval_n: int | None = option(None, "held-out seeds for RMSE and FID")
-    eval_batch: int | None = option(None, "images per batch while sampling")
-    inception: str | None = option(None, "FID weights of Inception (default: the cache, else a download, else the data set's classifier)")
-    reference: str | None = option(None, "moments to compare with, an .npz like EDM's (default: made of the training images)")
-    seed: int = option(0, "seed of the training latents and their order")
-    out: str | None = option(None, "folder of the run (default: runs/ld3-DATASET)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = option(False, "go on from the checkpoint in --out")
-    smoke: bool = option(False, "the whole path in seconds")
 
     def __post_init__(self):
         fill_from_presets(self, PRESETS, SMOKE)
@@ -98,7 +87,7 @@ class Config:
         self.order = self.order or min(3, ORDERS[self.solver][-1])
         require(self.order in ORDERS[self.solver], "order", self.order, f"{self.solver} offers {', '.join(map(str, ORDERS[self.solver]))}")
         self.init = self.init or ("logsnr" if self.mode == "lambda" else "uniform")
-        for name in ("train_n", "valid_n", "batch_size", "valid_every", "eval_n", "eval_batch"):
+        for name in ("train_n", "valid_n", "batch_size", "valid_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.steps >= 0, "steps", self.steps, "must be 0 (evaluate only) or more")
         require(self.batch_size <= self.train_n, "batch_size", self.batch_size, f"must be at most --train-n {self.train_n}")
@@ -264,8 +253,9 @@ def train(config, run=None, teacher=None):
     seeds = torch.arange(config.train_n + config.valid_n) + 10**6 * (config.seed + 1)
     origin = noise_from_seeds(seeds, shape, run.device)  # (train_n + valid_n, C, H, W), unit variance
     labels = labels_for(seeds, teacher.net.label_dim, run.device)
-    target = torch.cat([teacher_samples(config, teacher, origin[i], None if labels is None else labels[i])
-                        for i in torch.arange(len(seeds)).split(config.eval_batch)])
+    mine = torch.arange(len(seeds))[share_of(len(seeds))].split(config.eval_batch)  # under torchrun every rank makes its share
+    target = gather_rows(torch.cat([origin[:0], *(teacher_samples(config, teacher, origin[i], None if labels is None else labels[i])
+                                                  for i in mine if len(i))]))
 
     def loss_of(latents, indices):
         denoiser = with_labels(teacher, None if labels is None else labels[indices])
@@ -275,8 +265,9 @@ def train(config, run=None, teacher=None):
 
     def validate():
         with torch.no_grad():
-            parts = torch.arange(config.train_n, len(seeds)).split(config.eval_batch)
-            return torch.cat([loss_of(origin[i], i) for i in parts]).mean().item()
+            mine = torch.arange(config.train_n, len(seeds))[share_of(config.valid_n)].split(config.eval_batch)
+            total = sum((loss_of(origin[i], i).double().sum() for i in mine if len(i)), torch.zeros((), device=run.device).double())
+            return sum_over_ranks(total).item() / config.valid_n
 
     optimizer1 = torch.optim.RMSprop([grid.theta1], config.lr1, momentum=0.9)
     optimizer2 = torch.optim.SGD([grid.theta2], config.lr2 / config.n)
@@ -289,12 +280,15 @@ def train(config, run=None, teacher=None):
     for step in run.steps(first, config.steps, parts, "learning the grid"):
         order = torch.randperm(config.train_n, generator=torch.Generator().manual_seed(config.seed * 10**6 + step // batches))
         batch = order[step % batches * config.batch_size:][: config.batch_size]
-        latents = progress.latents[batch].requires_grad_(config.objective == "soft")
-        loss = loss_of(latents, batch)  # (B,)
-        run.loss = loss.mean()
+        own = batch[run.rank:: run.world]  # under torchrun; a rank that is left without works on the first latent, for nothing
+        rows, own = len(own), own if len(own) else batch[:1]
+        latents = progress.latents[own].requires_grad_(config.objective == "soft")
+        loss = loss_of(latents, own)  # (B,)
+        run.loss = loss.mean() * (rows * run.world / len(batch))  # the mean over the ranks is that over the batch
         optimizer1.zero_grad()
         optimizer2.zero_grad()
         run.loss.backward()
+        average_gradients(grid.parameters())
         nn.utils.clip_grad_norm_(grid.parameters(), 1.0)
         optimizer1.step()
         if step >= config.theta1_steps and config.times == "decoupled":
@@ -302,10 +296,12 @@ def train(config, run=None, teacher=None):
 
         if config.objective == "soft":  # a move is kept only where it lowered the loss, the new grid included
             with torch.no_grad():
-                moved = project(latents - progress.lr_latent * latents.grad, origin[batch], radius)
-                better = (loss_of(moved, batch) < loss).view(-1, 1, 1, 1)
-                progress.latents[batch] = torch.where(better, moved, latents)
-                progress.kept += int(better.sum())
+                moved = project(latents - progress.lr_latent * latents.grad / run.world, origin[own], radius)
+                better = (loss_of(moved, own) < loss).view(-1, 1, 1, 1)
+                kept = torch.zeros_like(origin[batch])  # of all ranks together
+                kept[run.rank:: run.world] = torch.where(better, moved, latents)[:rows]
+                progress.latents[batch] = sum_over_ranks(kept)
+                progress.kept += int(sum_over_ranks(better[:rows].sum()))
             if (step + 1) % batches == 0:
                 progress.lr_latent, progress.kept = progress.lr_latent / (1 if progress.kept else 2), 0
 
@@ -370,35 +366,27 @@ def evaluate(config, run, teacher, judge, sigmas, sigmas_net):
     def student(noise, labels, levels, told):
         return solver(with_labels(teacher, labels), config.sigma_max * noise, levels, sigmas_net=told)
 
-    def measure(name, nfe, sampler):
-        x = generate(sampler, range(config.eval_n), shape, run.device, config.eval_batch, teacher.net.label_dim, name)
-        return x, {"name": name, "nfe": nfe, **judge.row(x)}
-
-    truth, teacher_row = measure("teacher", config.teacher_nfe, partial(teacher_samples, config, teacher))
-    rows, samples = [], {"teacher": to_uint8(truth[:16])}
-    for name, (levels, told) in grids.items():
-        x, row = measure(name, config.nfe, partial(student, levels=levels, told=told))
-        rows.append({**row, "rmse_to_teacher": (x - truth).double().square().mean().sqrt().item()})
-        samples[name] = to_uint8(x[:16])
+    samplers = {("teacher", config.teacher_nfe): partial(teacher_samples, config, teacher),
+                **{(name, config.nfe): partial(student, levels=levels, told=told) for name, (levels, told) in grids.items()}}
+    (teacher_row, *rows), pictures = measure(samplers, config, shape, run.device, judge, teacher.net.label_dim, truth=True)
     best = min(rows[:4], key=lambda row: row["rmse_to_teacher"])["name"]
     rows += [{"name": "ld3", "nfe": config.nfe}] if "ld3" not in grids else []
-    save_rows(run.out / "samples.png", {k: v for k, v in samples.items() if k in ("teacher", best, "ld3")})
-    save_sigma_grids(run.out / "grids.png", grids, f"{config.dataset}, {config.solver} of order {config.order}, {config.nfe} evaluations")
-    return [*rows, {**teacher_row, "rmse_to_teacher": 0.0}]
+    if run.rank == 0:
+        save_rows(run.out / "samples.png", {k: v for k, v in pictures.items() if k.split()[0] in ("teacher", best, "ld3")})
+        title = f"{config.dataset}, {config.solver} of order {config.order}, {config.nfe} evaluations"
+        save_sigma_grids(run.out / "grids.png", grids, title)
+    return [*rows, teacher_row]
 
 
 def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("ld3", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    judge = make_judge(config.dataset, run.device, config.data_dir, config.inception, config.reference, config.smoke)
-    sigmas, sigmas_net = train(config, run, teacher)
-    if run.rank > 0:  # under torchrun every rank has learned the same grid
-        return
-    if config.steps:
+    judge = make_judge(config, run.device)
+    sigmas, sigmas_net = train(config, run, teacher)  # under torchrun: the same on every rank
+    if config.steps and run.rank == 0:
         write_schedule(run.out / "schedule.json", config, sigmas, sigmas_net)
-    with torch.no_grad():
-        results = evaluate(config, run, teacher, judge, sigmas, sigmas_net)
+    results = evaluate(config, run, teacher, judge, sigmas, sigmas_net)
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)")
     run.say(table(results, ["name", "nfe", "rmse_to_teacher", "fid"]))
     run.say(f"{run.seconds():.0f} s; results in {run.out}: metrics.json, samples.png, grids.png" + ", schedule.json" * bool(config.steps))

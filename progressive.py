@@ -35,17 +35,18 @@ Measured: digits, 16 -> 1, FID [digits-classifier, n=1024], 3 training seeds, 4.
 """
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from common.datasets import DATASETS, Stream, load_dataset, to_uint8
+from common.datasets import Stream, load_dataset
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
-from common.fid import generate, make_judge
+from common.fid import make_judge, measure
 from common.plots import save_curves, save_rows
 from common.solvers import euler, heun
 from common.teacher import load_teacher, save_teacher
-from common.training import (Run, autocast, average_gradients, cli, ema_update, fill_from_presets, load_checkpoint, option, parse_config,
-                             require, save_checkpoint, table)
+from common.training import (Run, TrainingOptions, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
+                             load_checkpoint, option, parse_config, prepare, require, save_checkpoint, table)
 
 PREDICTIONS = ("edm", "x", "v", "eps")
 TRANSLATE = 4  # the stage that teaches the network another form: so many times the updates, at so many times the rate
@@ -58,9 +59,7 @@ WEIGHTS = {  # section 4; 1 / sigma^2 is the SNR
 
 
 @dataclass
-class Config:
-    dataset: str = option("digits", "data set; decides teacher and presets", choices=DATASETS)
-    data_dir: str | None = option(None, "where the data lies (default: the cache; folder: required)")
+class Config(TrainingOptions):
     teacher: str | None = option(None, "teacher checkpoint, or a student-N.pt of an earlier run (default: the data set's own)")
     from_steps: int | None = option(None, "steps of the teacher's sampler (official: 8192 on CIFAR-10, 1024 on ImageNet-64)")
     to_steps: int = option(1, "steps of the last student: --from-steps halved as often as you like (paper: 1)")
@@ -74,19 +73,11 @@ class Config:
     ema: float = option(0.0, "decay of an average of the weights within a stage; 0: none (official)")
     flip: bool | None = option(None, "random horizontal flips of the training images")
     nfe: tuple[int, ...] | None = option(None, "step counts to measure (default: 8, 4, 2, 1 as far as they are stages)")
-    eval_n: int | None = option(None, "seeds for FID and RMSE")
-    eval_batch: int | None = option(None, "images per batch while sampling")
-    inception: str | None = option(None, "FID weights of Inception (default: the cache, else a download, else the data set's classifier)")
-    seed: int = option(0, "seed of data order, levels and noise")
-    out: str | None = option(None, "folder of the run (default: runs/progressive-DATASET)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = option(False, "go on from the checkpoint in --out")
-    smoke: bool = option(False, "the whole path in seconds")
 
     def __post_init__(self):
         fill_from_presets(self, PRESETS, SMOKE)
         check_stages(self)
-        for name in ("updates", "batch_size", "lr", "clip", "eval_n", "eval_batch"):
+        for name in ("updates", "batch_size", "lr", "clip"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         require(0 <= self.ema < 1, "ema", self.ema, "must be at least 0 and below 1")
 
@@ -219,6 +210,17 @@ def train(config, run=None, teacher=None):
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, per_rank, config.seed, config.flip, run.rank, run.world)
 
+    prepare(config, student.net, halving.net, teacher.net)
+
+    def loss_of(n, x, sigma, sigma_mid, sigma_end, labels):
+        with autocast(run.device):
+            with torch.no_grad():
+                if n == config.from_steps:  # only translate the teacher into the network's new form
+                    target = with_labels(teacher, labels)(x, sigma)
+                else:
+                    target = two_step_target(with_labels(halving, labels), x, sigma, sigma_mid, sigma_end)
+            return pd_loss(with_labels(student, labels)(x, sigma), target, sigma, config.weight)
+
     stages = stages_of(config)
     levels = {n: stage_levels(n, config.sigma_max).to(run.device, torch.float32) for n, _, _ in stages}
     parts = {"student": student, "teacher": halving, "optimizer": optimizer, "stream": stream, **({"ema": ema} if ema else {})}
@@ -237,16 +239,9 @@ def train(config, run=None, teacher=None):
         steps = torch.randint(len(levels[n]), (config.batch_size,), device=run.device)[mine]  # i ~ Cat[1 ... N]
         sigma, sigma_mid, sigma_end = levels[n][steps].unbind(1)  # (B,) each
         x = x0 + expand(sigma, x0) * noise
-        old, new = (with_labels(net, labels if teacher.net.label_dim else None) for net in (halving, student))
-        with autocast(run.device):
-            with torch.no_grad():
-                if n == config.from_steps:  # only translate the teacher into the network's new form
-                    target = with_labels(teacher, labels if teacher.net.label_dim else None)(x, sigma)
-                else:
-                    target = two_step_target(old, x, sigma, sigma_mid, sigma_end)
-            run.loss = pd_loss(new(x, sigma), target, sigma, config.weight)
+        batch = x, sigma, sigma_mid, sigma_end, labels if teacher.net.label_dim else None
         optimizer.zero_grad()
-        run.loss.backward()
+        run.loss = accumulate(partial(loss_of, n), batch, config.batch_per_gpu)
         average_gradients(student.parameters())
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
         optimizer.step()
@@ -270,47 +265,39 @@ def evaluate(config, run, teacher, judge, students):
 
     ddim: the teacher on the students' cosine grid; ddim-edm: on the EDM grid. rmse_to_teacher: to 35 evaluations of Heun.
     """
-    def measure(name, nfe, solver, denoiser, sigmas):
-        def sampler(noise, labels):
-            return solver(with_labels(denoiser, labels), sigmas[0].item() * noise, sigmas)
+    samplers = {}
 
-        x0 = generate(sampler, range(config.eval_n), teacher.net.img_shape, run.device, config.eval_batch, teacher.net.label_dim,
-                      f"{name} {nfe}")
-        rows.append({"name": name, "nfe": nfe, **judge.row(x0)})
-        if name != "teacher":
-            rows[-1]["rmse_to_teacher"] = (x0 - truth).double().square().mean().sqrt().item()
-        pictures[f"{name} {nfe}"] = to_uint8(x0[:16])
-        return x0
+    def row(name, solver, denoiser, sigmas):
+        nfe = 35 if name == "teacher" else len(sigmas) - 1
+        samplers[name, nfe] = lambda noise, labels: solver(with_labels(denoiser, labels), sigmas[0].item() * noise, sigmas)
 
-    rows, pictures = [], {}
-    fine = torch.cat([sigma_grid("edm", 17, sigma_max=config.sigma_max), torch.zeros(1, dtype=torch.float64)])
-    truth = measure("teacher", 35, heun, teacher, fine)
+    row("teacher", heun, teacher, torch.cat([sigma_grid("edm", 17, sigma_max=config.sigma_max), torch.zeros(1, dtype=torch.float64)]))
     for n in config.nfe:
-        measure("ddim", len(ddim_levels(n, config.sigma_max)) - 1, euler, teacher, ddim_levels(n, config.sigma_max))
-        measure("ddim-edm", n, euler, teacher, sigma_grid("edm", n, sigma_max=config.sigma_max))
+        row("ddim", euler, teacher, ddim_levels(n, config.sigma_max))
+        row("ddim-edm", euler, teacher, sigma_grid("edm", n, sigma_max=config.sigma_max))
         for name, of in students.items():
             if n in of:
-                measure(name, len(ddim_levels(n, config.sigma_max)) - 1, euler, of[n], ddim_levels(n, config.sigma_max))
+                row(name, euler, of[n], ddim_levels(n, config.sigma_max))
+    rows, pictures = measure(samplers, config, teacher.net.img_shape, run.device, judge, teacher.net.label_dim, truth=True)
     curves = {}
-    for row in rows[1:]:
-        xs, ys = curves.setdefault(row["name"], ([], []))
-        xs.append(row["nfe"])
-        ys.append(row["fid"])
+    for measured in rows[1:]:
+        xs, ys = curves.setdefault(measured["name"], ([], []))
+        xs.append(measured["nfe"])
+        ys.append(measured["fid"])
     curves["teacher"] = (config.nfe, [rows[0]["fid"]] * len(config.nfe))
-    save_rows(run.out / "samples.png", {label: images for label, images in pictures.items() if not label.startswith("ddim-edm")})
-    save_curves(run.out / "fid.png", curves, "network evaluations", f"FID [{rows[0]['fid_features']}, n={config.eval_n}]",
-                f"{config.dataset}, from {config.from_steps} steps", log="xy")
-    return [*rows[1:], {**rows[0], "rmse_to_teacher": 0.0}]
+    if run.rank == 0:
+        save_rows(run.out / "samples.png", {label: images for label, images in pictures.items() if not label.startswith("ddim-edm")})
+        save_curves(run.out / "fid.png", curves, "network evaluations", f"FID [{rows[0]['fid_features']}, n={config.eval_n}]",
+                    f"{config.dataset}, from {config.from_steps} steps", log="xy")
+    return [*rows[1:], rows[0]]
 
 
 def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("progressive", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    judge = make_judge(config.dataset, run.device, config.data_dir, config.inception, smoke=config.smoke, unseen=True)
+    judge = make_judge(config, run.device, unseen=True)
     train(config, run, teacher)
-    if run.rank > 0:
-        return
     counts = [n for n, _, _ in stages_of(config) if n in config.nfe]
     students = {n: read_student(run.out / f"student-{n}.pt", teacher, config.prediction) for n in counts}
     results = evaluate(config, run, teacher, judge, {"pd": students})

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common.datasets import ASSETS, DATASETS, Stream, fingerprint, load_dataset, locked, to_float
-from common.training import UsageError, cache_dir, cli, load_checkpoint, option, parse_config, pick_device, save_checkpoint
+from common.datasets import ASSETS, Stream, fingerprint, load_dataset, locked, to_float
+from common.training import DATASETS, UsageError, cache_dir, cli, load_checkpoint, option, parse_config, pick_device, save_checkpoint
 
 # Chosen here: the width gives features of dimension 4 * width, few enough for a covariance of full rank from 1,000 images.
 RECIPES = {
@@ -91,16 +91,17 @@ def random_shift(x, most, generator):
 
 @torch.no_grad()
 def accuracy(classifier, dataset):
-    """Share of the images of `dataset` (on the classifier's device) that get their own label."""
-    guesses = torch.cat([classifier(to_float(images))[1].argmax(1) for images in dataset.images.split(500)])
+    """Share of the images of `dataset` (loaded for the classifier's device) that get their own label."""
+    guesses = torch.cat([classifier(to_float(images.to(dataset.device)))[1].argmax(1) for images in dataset.images.split(500)])
     return (guesses == dataset.labels).double().mean().item()
 
 
 def _with_labels(dataset):
-    """A set without labels gets the task of telling the four quarter turns apart (RotNet, arXiv:1803.07728)."""
+    """A set without labels gets the task of telling the four quarter turns apart (RotNet, arXiv:1803.07728); 50,000 images will do."""
     if dataset.num_classes == 0:
-        dataset.images = torch.cat([dataset.images.rot90(k, (2, 3)) for k in range(4)])
-        dataset.labels, dataset.num_classes = torch.arange(4, device=dataset.labels.device).repeat_interleave(len(dataset.labels)), 4
+        images = dataset.images[:50_000].to(dataset.device)
+        dataset.labels = torch.arange(4, device=dataset.device).repeat_interleave(len(images))
+        dataset.images, dataset.num_classes, dataset.ahead = torch.cat([images.rot90(k, (2, 3)) for k in range(4)]), 4, False
     return dataset
 
 

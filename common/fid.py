@@ -15,10 +15,13 @@ from tqdm import tqdm
 
 from common.classifier import load_classifier
 from common.datasets import channels_of, fingerprint, load_dataset, locked, to_float, to_uint8
-from common.training import UsageError, atomic_write, cache_dir, download, noise_from_seeds
+from common.training import (UsageError, atomic_write, cache_dir, download, gather_rows, noise_from_seeds, rank_and_world, share_of,
+                             sum_over_ranks)
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # its last 8 hex digits are the head of its SHA-256
 INCEPTION_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+EDM_REFERENCES = {"cifar10": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz",
+                  "imagenet64": "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/imagenet-64x64.npz"}
 
 
 # ------------------------------------------------------------------------------------------------------------------ the distance
@@ -39,23 +42,36 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 
 class Moments:
-    """Mean and covariance of features that arrive in batches: float64, merged by Chan's formula, so that nothing cancels."""
+    """Mean and covariance of features that arrive in batches: float64 on `device`, merged by Chan's formula, so that nothing cancels."""
 
-    def __init__(self, dim):
-        self.n, self.mean, self.scatter = 0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
+    def __init__(self, dim, device="cpu"):
+        self.n, self.mean = 0, torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     def add(self, features):
         """Take in a batch (B, D)."""
         features = features.detach().double()
-        batch, mean = len(features), features.mean(0)
+        mean = features.mean(0)
         centred = features - mean
-        delta = mean.to(self.mean) - self.mean
-        self.scatter += (centred.T @ centred).to(self.mean) + delta.outer(delta) * (self.n * batch / (self.n + batch))
-        self.mean += delta * (batch / (self.n + batch))
-        self.n += batch
+        self._merge(len(features), mean.to(self.mean), (centred.T @ centred).to(self.mean))
+
+    def _merge(self, n, mean, scatter):
+        delta = mean - self.mean
+        self.scatter += scatter + delta.outer(delta) * (self.n * n / (self.n + n))
+        self.mean += delta * (n / (self.n + n))
+        self.n += n
+
+    def of_all_ranks(self):
+        """Moments of what all ranks have taken in, the same on every rank."""
+        total = Moments(len(self.mean), self.mean.device)
+        counts = gather_rows(torch.tensor([self.n], device=self.mean.device)).tolist()
+        for n, mean, scatter in zip(counts, gather_rows(self.mean[None]), gather_rows(self.scatter[None])):
+            if n:
+                total._merge(n, mean, scatter)
+        return total
 
     def mean_cov(self):
-        """mu (D,), cov (D, D) with n - 1 in the denominator, as np.cov; float64 on the CPU."""
+        """mu (D,), cov (D, D) with n - 1 in the denominator, as np.cov; float64."""
         if self.n < 2:
             raise ValueError(f"a covariance of {self.n} images")
         return self.mean, self.scatter / (self.n - 1)
@@ -71,6 +87,7 @@ class FeatureExtractor:
     dim: int
     device: torch.device
     features: Callable
+    logits: Callable | None = None  # features -> what Inception Score takes the softmax of
 
     @torch.no_grad()
     def __call__(self, images):
@@ -81,7 +98,7 @@ class Inception(nn.Module):
     """The Inception-v3 of the TensorFlow FID graph: uint8 images (B, 3, H, W) -> pool3 features (B, 2048).
 
     Against torchvision's: 1008 classes, no auxiliary head, and other pools in the pool branches: averages that leave the padding out,
-    and in the very last block a maximum. `weights` is pytorch-fid's state dict.
+    and in the very last block a maximum. `weights` is pytorch-fid's state dict; unlike pytorch-fid, images come in as in the graph.
     """
 
     def __init__(self, weights):
@@ -89,6 +106,7 @@ class Inception(nn.Module):
         from torchvision.models import inception_v3
         self.net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
         self.net.load_state_dict(weights)
+        self.register_buffer("classes", self.net.fc.weight.detach().clone(), persistent=False)
         self.net.fc = nn.Identity()
         for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
             _replace_pool(self.net.get_submodule(f"Mixed_{name}"), lambda x: F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False))
@@ -96,8 +114,19 @@ class Inception(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images):
-        x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
-        return self.net(2 * x - 1)
+        return self.net((old_resize(old_resize(images.float(), 299).mT, 299).mT - 128) / 128)
+
+    def logits(self, features):
+        """Those of the Inception Score, (B, 1008): without the bias (Salimans et al. 2016, their code)."""
+        return features @ self.classes.T
+
+
+def old_resize(x, size):
+    """(..., H, W) -> (..., H, size), linear, as TensorFlow 1's resize_bilinear: place i looks at i W / size, with no half-pixel shift."""
+    width = x.shape[-1]
+    place = torch.arange(size, device=x.device, dtype=torch.float64) * width / size
+    left = place.long()
+    return torch.lerp(x[..., left], x[..., (left + 1).clamp(max=width - 1)], (place - left).to(x))
 
 
 def _replace_pool(block, pool):
@@ -136,7 +165,7 @@ def feature_extractor(dataset_name, device, inception=None, data_dir=None, steps
         weights = _inception_weights(inception, fetch=dataset_name in ("cifar10", "imagenet64"))
         if weights is not None:
             net = Inception(weights).to(device)
-            return FeatureExtractor("inception", _digest(net), 2048, device, net)
+            return FeatureExtractor("inception", _digest(net), 2048, device, net, net.logits)
     elif inception is not None:
         raise UsageError(f"--inception {inception}: Inception sees colour images only, and {dataset_name} is grey; leave it out")
     return classifier_features(dataset_name, device, data_dir, steps)
@@ -159,7 +188,7 @@ def _digest(net):
 
 def moments_of(images, extractor, what="features", batch_size=250):
     """uint8 images (N, C, H, W) -> Moments of their features."""
-    moments = Moments(extractor.dim)
+    moments = Moments(extractor.dim, extractor.device)
     for batch in tqdm(images.split(batch_size), what, dynamic_ncols=True, mininterval=0.5, leave=False):
         moments.add(extractor(batch))
     return moments
@@ -183,13 +212,13 @@ def reference_moments(dataset_name, extractor, data_dir=None, split="train", dev
             print(f"{path}: damaged, made again")
         images = load_dataset(dataset_name, split, data_dir, device).images
         moments = moments_of(images, extractor, f"moments of {dataset_name}")
-        mu, cov = (a.numpy() for a in moments.mean_cov())
+        mu, cov = (a.cpu().numpy() for a in moments.mean_cov())
         atomic_write(path, lambda file: np.savez(file, mu=mu, sigma=cov, n=moments.n))
     return mu, cov, moments.n
 
 
 def load_moments(path, extractor):
-    """mu (D,), cov (D, D) of an .npz with `mu` and `sigma`, as EDM's fid-refs (theirs are of NVIDIA's Inception: close, not the same).
+    """mu (D,), cov (D, D) of an .npz with `mu` and `sigma`, as EDM's fid-refs.
 
     Raises UsageError if it is none, or of another number of features than `extractor`'s.
     """
@@ -203,33 +232,20 @@ def load_moments(path, extractor):
     return mu, cov
 
 
+def edm_reference(dataset_name):
+    """The path of EDM's moments of a data set, downloaded once; None, and a line that says so, where they cannot be had."""
+    path = cache_dir() / f"edm-{EDM_REFERENCES[dataset_name].rsplit('/', 1)[1]}"
+    try:
+        with locked(path):
+            return download(EDM_REFERENCES[dataset_name], path, "EDM's reference moments")
+    except UsageError as error:
+        print(f"{error}. Until then the moments are those of the training images.")
+        return None
+
+
 def labels_for(seeds, label_dim, device):
     """Class k % K (B,) for the image of seed k, K = label_dim: uniform classes, as the usual FIDs ask; None without classes."""
     return torch.as_tensor(seeds, device=device) % label_dim if label_dim else None
-
-
-@torch.no_grad()
-def generate(sampler, seeds, shape, device, batch_size=256, label_dim=0, what="sampling"):
-    """x0 (len(seeds), *shape), float32 in about [-1, 1], on the CPU: what `sampler(noise, labels)` makes of each seed.
-
-    noise: unit Gaussian (B, *shape), float64 on `device`; labels: `labels_for` the seeds. Image k depends on seeds[k] alone.
-    Raises UsageError if the sampler's values are not finite.
-    """
-    images = torch.empty(len(seeds), *shape)
-    with tqdm(total=len(seeds), desc=what, dynamic_ncols=True, mininterval=0.5, leave=False) as bar:
-        for start in range(0, len(seeds), batch_size):
-            part = seeds[start:start + batch_size]
-            x0 = sampler(noise_from_seeds(part, shape, device), labels_for(part, label_dim, device))
-            if not x0.isfinite().all():
-                raise UsageError(f"{what}: the sampler gave values that are not finite, images {start} to {start + len(part) - 1}")
-            images[start:start + batch_size] = x0
-            bar.update(len(part))
-    return images
-
-
-def fid_of_images(images, extractor, reference):
-    """Frechet distance of uint8 images (N, C, H, W) to a reference (mu, cov, ...) of the same feature extractor."""
-    return frechet_distance(*moments_of(images, extractor).mean_cov(), *reference[:2])
 
 
 def precision_recall(real, fake, k=3, batch_size=1000):
@@ -256,37 +272,120 @@ class Judge:
     real: torch.Tensor | None = None  # features of the real images (M, D), for precision and recall
 
     def row(self, x0):
-        """`fid`, `fid_features` and `fid_n` of generated images x0 (n, C, H, W) in [-1, 1], judged as the uint8 images they become.
+        """The columns of `Score` for generated images x0 (n, C, H, W) in [-1, 1]."""
+        score = Score(self, len(x0))
+        for start in range(0, len(x0), 250):
+            score.add(x0[start:start + 250], start)
+        return score.row()
 
-        With a second space also `fid_unseen` and `fid_unseen_features`. Precision and recall, if asked for, are those of the second.
-        """
-        row = {"fid": fid_of_images(to_uint8(x0), self.extractor, self.reference), "fid_features": self.extractor.name, "fid_n": len(x0)}
+
+class Score:
+    """What a Judge has seen of n generated images so far: moments, and features only where precision and recall are asked for."""
+
+    def __init__(self, judge, n):
+        self.judge, self.n = judge, n
+        space = judge.extractor
+        self.moments = Moments(space.dim, space.device)
+        self.unseen = Score(judge.unseen, n) if judge.unseen else None
+        nothing = torch.zeros(0, space.dim, device=space.device)
+        self.features = [nothing]
+        if space.logits:  # for each tenth of the images: the sums of p (K,) and of p log p, and their number
+            self.tenths = torch.zeros(10, space.logits(nothing).shape[1] + 2, dtype=torch.float64, device=space.device)
+
+    def add(self, x0, first):
+        """Take in x0 (B, C, H, W) in [-1, 1], the images first, first + 1, ... of the n; judged as the uint8 images they become."""
+        space, images = self.judge.extractor, to_uint8(x0)
+        features = space(images)
+        self.moments.add(features)
         if self.unseen:
-            second = self.unseen.row(x0)
+            self.unseen.add(x0, first)
+        if self.judge.real is not None:
+            self.features.append(features)
+        if space.logits:
+            log_p = space.logits(features).double().log_softmax(1)  # (B, K)
+            sums = torch.cat([log_p.exp(), (log_p.exp() * log_p).sum(1, keepdim=True), torch.ones_like(log_p[:, :1])], 1)
+            self.tenths.index_add_(0, torch.arange(first, first + len(x0), device=space.device) * 10 // self.n, sums)
+
+    def row(self):
+        """`fid`, `fid_features`, `fid_n`, with a second space also `fid_unseen` and `fid_unseen_features`; of all ranks together.
+
+        By Inception also `inception_score`, mean and deviation of ten parts of the images (Salimans et al. 2016, arXiv:1606.03498).
+        Precision and recall, if asked for, are those of the second space, if there is one.
+        """
+        judge, moments = self.judge, self.moments.of_all_ranks()
+        row = {"fid": frechet_distance(*moments.mean_cov(), *judge.reference[:2]), "fid_features": judge.extractor.name, "fid_n": moments.n}
+        if self.unseen:
+            second = self.unseen.row()
             row.update(fid_unseen=second["fid"], fid_unseen_features=second["fid_features"])
             row.update({name: value for name, value in second.items() if not name.startswith("fid")})
-        if self.real is not None:
-            row["precision"], row["recall"] = precision_recall(self.real, features_of(to_uint8(x0), self.extractor))
-            row["precision_recall_features"] = self.extractor.name
+        if judge.extractor.logits:
+            tenths = sum_over_ranks(self.tenths.clone())
+            tenths = tenths[tenths[:, -1] > 0]
+            p, p_log_p = tenths[:, :-2] / tenths[:, -1:], tenths[:, -2] / tenths[:, -1]
+            scores = (p_log_p - torch.special.xlogy(p, p).sum(1)).exp()  # exp E KL(p(y | x) || p(y)), (10,)
+            row["inception_score"], row["inception_score_sd"] = scores.mean().item(), scores.std(correction=0).item()
+        if judge.real is not None:
+            row["precision"], row["recall"] = precision_recall(judge.real, gather_rows(torch.cat(self.features)))
+            row["precision_recall_features"] = judge.extractor.name
         return row
 
 
-def make_judge(dataset_name, device, data_dir=None, inception=None, reference=None, smoke=False, unseen=False, recall=False):
-    """The Judge of a data set. Make it before any long work: data or weights that cannot be had are found out here.
+def make_judge(config, device, unseen=False):
+    """The Judge of a script's Options. Make it before any long work: data or weights that cannot be had are found out here.
 
-    `inception`: as in `feature_extractor`; `reference`: an .npz of moments instead of those of the training images; `unseen`: measure
-    also with a classifier of the same data trained from another seed, whose features no loss has seen; `recall`: also precision and
-    recall, against at most 50,000 training images.
+    `unseen`: measure also with a classifier of the same data trained from another seed, whose features no loss has seen. Precision and
+    recall are against at most 50,000 training images.
     """
-    steps = 5 if smoke else None
-    extractor = feature_extractor(dataset_name, device, inception, data_dir, steps)
-    second = None
+    name, data_dir, steps = config.dataset, config.data_dir, 5 if config.smoke else None
+    extractor = feature_extractor(name, device, config.inception, data_dir, steps)
+    path = config.reference
+    if path is None and extractor.name == "inception" and name in EDM_REFERENCES:
+        path = edm_reference(name)
+    judge = Judge(extractor, reference_moments(name, extractor, data_dir) if path in (None, "train") else load_moments(path, extractor))
     if unseen:
-        other = classifier_features(dataset_name, device, data_dir, steps, seed=1)
-        second = Judge(other, reference_moments(dataset_name, other, data_dir))
-    reference = load_moments(reference, extractor) if reference else reference_moments(dataset_name, extractor, data_dir)
-    judge = Judge(extractor, reference, second)
-    if recall:
-        images = load_dataset(dataset_name, "train", data_dir).images[:50_000]
-        (second or judge).real = features_of(images, (second or judge).extractor)
+        other = classifier_features(name, device, data_dir, steps, seed=1)
+        judge.unseen = Judge(other, reference_moments(name, other, data_dir))
+    if config.recall:
+        last = judge.unseen or judge
+        last.real = features_of(load_dataset(name, "train", data_dir).images[:50_000], last.extractor)
     return judge
+
+
+@torch.no_grad()
+def measure(samplers, config, shape, device, judge=None, label_dim=0, truth=False):
+    """What samplers {(name, nfe): sampler(noise, labels) -> x0} make of the same noise, that of seeds 0 ... config.eval_n - 1.
+
+    noise: unit Gaussian (B, *shape), float64 on `device`; labels: `labels_for` the seeds. Returns rows for metrics.json and {"name nfe":
+    the first 16 images, uint8}. A row has the columns of `Score` and, if the first sampler is the `truth`, `rmse_to_teacher`: the root
+    mean square difference from its images, over images and pixels in [-1, 1]. Batch by batch: no images are kept. Under torchrun every
+    rank samples its share of the seeds, and all return the same rows. Without a judge there are only the pictures.
+    Raises UsageError if a sampler's values are not finite.
+    """
+    n = config.eval_n if judge else min(16, config.eval_n)
+    mine = share_of(n)
+    samplers = {f"{name} {nfe}": (name, nfe, sampler) for (name, nfe), sampler in samplers.items()}
+    scores, pictures = {label: Score(judge, n) for label in samplers} if judge else {}, {label: [] for label in samplers}
+    squares, true = torch.zeros(len(samplers), dtype=torch.float64, device=device), None
+    with tqdm(total=(mine.stop - mine.start) * len(samplers), desc="sampling", disable=rank_and_world()[0] > 0, dynamic_ncols=True,
+              mininterval=0.5, leave=False) as bar:
+        for first in range(mine.start, mine.stop, config.eval_batch):
+            seeds = range(first, min(first + config.eval_batch, mine.stop))
+            noise, labels = noise_from_seeds(seeds, shape, device), labels_for(seeds, label_dim, device)
+            for i, (label, (_, _, sampler)) in enumerate(samplers.items()):
+                bar.set_postfix_str(label, refresh=False)
+                x0 = sampler(noise, labels).float()
+                if not x0.isfinite().all():
+                    raise UsageError(f"{label}: the sampler gave values that are not finite, images {first} to {seeds[-1]}")
+                if truth:
+                    true = x0 if i == 0 else true
+                    squares[i] += (x0 - true).double().square().sum()
+                if judge:
+                    scores[label].add(x0, first)
+                if first < mine.start + 16:
+                    pictures[label].append(to_uint8(x0[:16]).cpu())
+                bar.update(len(seeds))
+    rmse = (sum_over_ranks(squares) / (n * torch.Size(shape).numel())).sqrt().tolist() if truth else ()
+    rows = [{"name": name, "nfe": nfe, **(scores[label].row() if judge else {})} for label, (name, nfe, _) in samplers.items()]
+    for row, error in zip(rows, rmse):
+        row["rmse_to_teacher"] = error
+    return rows, {label: torch.cat(parts)[:16] for label, parts in pictures.items()}

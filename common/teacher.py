@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 
 from common import unet
-from common.datasets import DATASETS, Stream, fingerprint, load_dataset, locked, to_uint8
+from common.datasets import Stream, fingerprint, load_dataset, locked
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.edm_pickle import NAMES, PUBLIC, read_edm_pickle
-from common.fid import generate, make_judge
+from common.fid import make_judge, measure
 from common.plots import save_rows
 from common.solvers import heun
-from common.training import (Run, UsageError, autocast, average_gradients, cache_dir, cli, download, ema_decay, ema_update,
-                             fill_from_presets, load_checkpoint, option, parse_config, require, save_checkpoint, save_json, table)
+from common.training import (Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cache_dir, cli, download,
+                             ema_decay, ema_update, fill_from_presets, load_checkpoint, option, parse_config, prepare, require,
+                             save_checkpoint, save_json, table)
 
 ARCHS = {"ddpmpp": unet.ddpmpp, "ncsnpp": unet.ncsnpp, "adm": unet.adm}
 SHIPPED = {"digits": Path(__file__).parent / "assets" / "digits-teacher.pt"}
@@ -114,9 +115,7 @@ def load_teacher(spec, dataset, device, data_dir=None):
 # ------------------------------------------------------------------------------------------------------------------------- training
 
 @dataclass
-class Config:
-    dataset: str = option("digits", "what to train on", choices=DATASETS)
-    data_dir: str | None = option(None, "folder (or zip) with the data; needed for --dataset folder and imagenet64")
+class Config(TrainingOptions):
     arch: str | None = option(None, "network: a setting of common.unet", choices=tuple(ARCHS))
     model_channels: int | None = option(None, "width of the network")
     channel_mult: tuple[int, ...] | None = option(None, "width per resolution, in multiples of --model-channels")
@@ -132,33 +131,27 @@ class Config:
     ema_images: float | None = option(None, "half-life of the EMA in images (EDM: 5e5), at most 0.05 of the images seen")
     half: bool = option(False, "store the weights in float16")
     save: str | None = option(None, "where the teacher goes (default: the cache, where the methods find it; --smoke: --out)")
-    fid_n: int | None = option(None, "images for the FID at the end")
-    seed: int = option(0, "seed of initialization, data order and noise")
-    out: str | None = option(None, "folder for log, checkpoint, samples and metrics (default runs/teacher-DATASET)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    resume: bool = option(False, "go on from the checkpoint in --out")
-    smoke: bool = option(False, "the whole path in seconds")
 
     def __post_init__(self):
         fill_from_presets(self, PRESETS, SMOKE)
-        for name in ("steps", "batch_size", "lr", "fid_n", "model_channels", "num_blocks"):
+        for name in ("steps", "batch_size", "lr", "model_channels", "num_blocks"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
 
 
 # CIFAR-10 and ImageNet-64: EDM's table of hyper-parameters (Karras et al. 2022, appendix F.2); the rest was chosen here.
 _CIFAR10 = dict(arch="ddpmpp", model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13, flip=True,
-                steps=400_000, batch_size=512, lr=1e-3, warmup=20_000, ema_images=5e5, fid_n=50_000)
+                steps=400_000, batch_size=512, lr=1e-3, warmup=20_000, ema_images=5e5, eval_n=50_000, eval_batch=256)
 PRESETS = {
     "digits": dict(arch="ddpmpp", model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.05, flip=False,
-                   steps=8_000, batch_size=128, lr=2e-3, warmup=200, ema_images=5e4, fid_n=2048),
+                   steps=8_000, batch_size=128, lr=2e-3, warmup=200, ema_images=5e4, eval_n=2048, eval_batch=256),
     "mnist": dict(arch="ddpmpp", model_channels=32, channel_mult=(2, 2, 2), num_blocks=2, attn_resolutions=(14,), dropout=0.1, flip=False,
-                  steps=50_000, batch_size=256, lr=1e-3, warmup=1000, ema_images=5e5, fid_n=10_000),
+                  steps=50_000, batch_size=256, lr=1e-3, warmup=1000, ema_images=5e5, eval_n=10_000, eval_batch=256),
     "cifar10": _CIFAR10,
     "imagenet64": dict(arch="adm", model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3, attn_resolutions=(32, 16, 8), dropout=0.1,
-                       flip=False, steps=610_000, batch_size=4096, lr=1e-4, warmup=2500, ema_images=5e7, fid_n=50_000),
+                       flip=False, steps=610_000, batch_size=4096, lr=1e-4, warmup=2500, ema_images=5e7, eval_n=50_000, eval_batch=256),
     "folder": _CIFAR10,
 }
-SMOKE = dict(steps=3, batch_size=8, fid_n=16, warmup=1)
+SMOKE = dict(steps=3, batch_size=8, eval_n=16, eval_batch=16, warmup=1)
 
 
 def edm_loss(denoiser, x0, noise, sigma, labels=None):
@@ -184,6 +177,12 @@ def train(config):
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, per_rank, config.seed, config.flip, run.rank, run.world)
+    prepare(config, denoiser.net)
+
+    def loss_of(*batch):
+        with autocast(run.device):
+            return edm_loss(denoiser, *batch)
+
     run.say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(data.images):,} images")
 
     parts = {"net": denoiser, "ema": ema, "optimizer": optimizer, "stream": stream}
@@ -195,10 +194,8 @@ def train(config):
         x0, labels = stream.next()
         sigma = torch.randn(config.batch_size, device=run.device)[mine].mul(1.2).sub(1.2).exp()  # (B,)
         noise = torch.randn(config.batch_size, *x0.shape[1:], device=run.device)[mine]
-        with autocast(run.device):
-            run.loss = edm_loss(denoiser, x0, noise, sigma, labels if config.conditional else None)
         optimizer.zero_grad()
-        run.loss.backward()
+        run.loss = accumulate(loss_of, (x0, noise, sigma, labels if config.conditional else None), config.batch_per_gpu)
         average_gradients(denoiser.parameters())
         optimizer.step()
         ema_update(ema, denoiser, ema_decay(step * config.batch_size, config.batch_size, config.ema_images))
@@ -207,32 +204,31 @@ def train(config):
     if run.rank == 0:
         save_teacher(path, ema, config.arch, kwargs, config.dataset, config.half)
         run.say(f"teacher saved to {path}")
+    run.wait()
     return path, run
 
 
 def evaluate(config, path, run):
     """EDM's own sampler, Heun with 18 steps (35 evaluations), against the training images: one row, and a picture."""
     denoiser = load_teacher(path, config.dataset, run.device)
-    judge = make_judge(config.dataset, run.device, config.data_dir, smoke=config.smoke)
+    judge = make_judge(config, run.device)
     sigmas = torch.cat([sigma_grid("edm", 17), torch.zeros(1, dtype=torch.float64)])
 
     def sampler(noise, labels):
         return heun(with_labels(denoiser, labels), sigmas[0].item() * noise, sigmas)
 
-    x0 = generate(sampler, range(config.fid_n), denoiser.net.img_shape, run.device, label_dim=denoiser.net.label_dim)
-    images = to_uint8(x0[:128])
-    rows = {f"{16 * i}-{16 * i + 15}": images[16 * i:16 * (i + 1)] for i in range(len(images) // 16)}
-    save_rows(run.out / "samples.png", rows)
-    return [{"name": "teacher", "nfe": 35, **judge.row(x0)}]
+    rows, pictures = measure({("teacher", 35): sampler}, config, denoiser.net.img_shape, run.device, judge, denoiser.net.label_dim)
+    if run.rank == 0:
+        save_rows(run.out / "samples.png", pictures)
+    return rows
 
 
 def main():
     config = parse_config(Config, PRESETS, __doc__)
     path, run = train(config)
-    if run.rank == 0:
-        results = evaluate(config, path, run)
-        run.metrics(results, teacher=str(path))
-        run.say(table(results, ["name", "nfe", "fid"]))
+    results = evaluate(config, path, run)
+    run.metrics(results, teacher=str(path))
+    run.say(table(results, ["name", "nfe", "fid"]))
 
 
 if __name__ == "__main__":

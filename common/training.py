@@ -26,6 +26,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 
+DATASETS = ("digits", "mnist", "cifar10", "imagenet64", "folder")
+
+
 class UsageError(Exception):
     """Something the user can put right: one line that names the option, its value and what would be right."""
 
@@ -52,6 +55,32 @@ def option(default, help, **metadata):
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
+@dataclasses.dataclass
+class Options:
+    """The options that mean the same in every script; its own ones, and their presets, come after these."""
+    dataset: str = option("digits", "data set; decides teacher and presets", choices=DATASETS)
+    data_dir: str | None = option(None, "where the data lies (default: the cache; folder and imagenet64: required)")
+    seed: int = option(0, "seed of all that is drawn in training: initialization, order, noise; evaluation has its own seeds 0, 1, 2, ...")
+    out: str | None = option(None, "folder of the run (default: runs/METHOD-DATASET)")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1")
+    resume: bool = option(False, "go on from the checkpoint in --out")
+    smoke: bool = option(False, "the whole path in seconds")
+    eval_n: int | None = option(None, "images for RMSE and FID, of seeds 0, 1, 2, ...")
+    eval_batch: int | None = option(None, "images per batch while sampling")
+    inception: str | None = option(None, "FID weights of Inception (default: the cache, else a download, else the data set's classifier)")
+    reference: str | None = option(None, "moments to compare with: an .npz like EDM's, or `train`: of the training images (default: "
+                                         "EDM's where Inception judges cifar10 or imagenet64, else `train`)")
+    recall: bool = option(False, "also precision and recall: keeps the features of all images")
+
+
+@dataclasses.dataclass
+class TrainingOptions(Options):
+    """Those of a script that trains a network."""
+    batch_per_gpu: int | None = option(None, "images at a time: larger batches are summed up in parts (default: the whole share of a GPU)")
+    checkpoint: bool = option(False, "recompute the blocks of the network in the backward pass: less memory, a third more time")
+    compile: bool = option(False, "torch.compile the networks")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(message)
@@ -69,8 +98,8 @@ def parse_config(config_class, presets, description, argv=None):
     epilog = "Presets (a flag given on the command line wins):\n" + "\n".join(
         f"  {dataset:11s}" + "  ".join(f"{k}={v}" for k, v in values.items()) for dataset, values in presets.items())
     parser = _Parser(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
+    hints, shared = typing.get_type_hints(config_class), [field.name for field in dataclasses.fields(TrainingOptions)][2:]
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name in shared):  # the method's own come first
         default = "by data set, see below" if field.default is None and any(field.name in p for p in presets.values()) else field.default
         kind, meta = hints[field.name], field.metadata
         said = meta["help"] if "(default" in meta["help"] else f"{meta['help']} (default: {default})"
@@ -86,13 +115,19 @@ def parse_config(config_class, presets, description, argv=None):
 
 
 def fill_from_presets(config, presets, smoke):
-    """Give every field that is still None the value of its data set's preset; under `config.smoke` the values of `smoke` come first."""
+    """Give every field that is still None the value of its data set's preset; under `config.smoke` the values of `smoke` come first.
+
+    Then check the options that all scripts have. Raises UsageError.
+    """
     if config.dataset not in presets:
         raise UsageError(f"--dataset {config.dataset}: unknown, choose one of {', '.join(presets)}")
     values = {**presets[config.dataset], **(smoke if config.smoke else {})}
     for name, value in values.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    for name in ("eval_n", "eval_batch", "batch_per_gpu"):
+        value = getattr(config, name, None)
+        require(value is None or value > 0, name, value, "must be above 0")
 
 
 def require(condition, option_name, value, right):
@@ -104,9 +139,10 @@ def require(condition, option_name, value, right):
 # ------------------------------------------------------------------------------------------------------- device and randomness
 
 def pick_device(name="auto"):
-    """'auto' | 'cpu' | 'cuda[:i]' | 'mps' -> (torch.device, one line that says what was taken and why).
+    """'auto' | 'cpu' | 'cuda[:i]' -> (torch.device, one line that says what was taken and why).
 
-    Raises UsageError for a device this machine does not have. float32 convolutions and matmuls stay float32 (no TF32), as in EDM.
+    Raises UsageError for a device this machine does not have, or that has no float64 (mps): solvers need it.
+    float32 convolutions and matmuls stay float32 (no TF32), as in EDM.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,8 +151,8 @@ def pick_device(name="auto"):
         why = "as asked, "
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device, dtype=torch.float64)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu") from None
     if device.type == "cuda":
         if device.index is None:
@@ -149,12 +185,38 @@ def noise_from_seeds(seeds, shape, device="cpu"):
 # ---------------------------------------------------------------------------------------------------------------------- torchrun
 
 def rank_and_world(device=None):
-    """(rank, number of ranks). Under torchrun the first call, which must give the device, joins the process group (nccl or gloo)."""
+    """(rank, number of ranks). Under torchrun the first call, which must give the device, joins the process group (nccl and gloo)."""
     if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         return 0, 1
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def share_of(n):
+    """The slice of 0 ... n - 1 that is this rank's; sizes differ by at most 1."""
+    rank, world = rank_and_world()
+    return slice(n * rank // world, n * (rank + 1) // world)
+
+
+def sum_over_ranks(tensor):
+    """The sum of every rank's `tensor`, in place."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows):
+    """All ranks' rows (n_r, ...), in the order of the ranks. The n_r may differ, the rest of the shape not."""
+    if rank_and_world()[1] == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    padded = rows.new_zeros(int(max(counts)), *rows.shape[1:])
+    padded[:len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:int(n)] for part, n in zip(parts, counts)])
 
 
 def average_gradients(parameters):
@@ -165,6 +227,30 @@ def average_gradients(parameters):
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)])
+
+
+# ------------------------------------------------------------------------------------------------------------- large networks
+
+def prepare(config, *networks):
+    """--checkpoint and --compile for U-Nets, or modules with one as `net`: in place, names stay. Copies made later are not compiled."""
+    for module in networks:
+        getattr(module, "net", module).checkpoint = config.checkpoint
+        if config.compile:
+            module.compile()
+
+
+def accumulate(loss_of, batch, at_most=None, **backward):
+    """Backward through a mean over the rows of `batch`, `at_most` of them at a time; return the mean, without its graph.
+
+    batch: tensors (B, ...) or None; loss_of(*the same for some rows) -> the mean over these. `backward`: what Tensor.backward is given.
+    """
+    rows, total = len(batch[0]), 0
+    for start in range(0, rows, at_most or rows):
+        part = [None if tensor is None else tensor[start:start + (at_most or rows)] for tensor in batch]
+        loss = loss_of(*part) * (len(part[0]) / rows)
+        loss.backward(**backward)
+        total = total + loss.detach()
+    return total
 
 
 # --------------------------------------------------------------------------------------------------------------------------- EMA
@@ -262,7 +348,8 @@ class Run:
     written, when --resume finds no checkpoint, or when the checkpoint was made with other options.
     """
 
-    HOW = ("out", "resume", "device", "data_dir")  # options that may differ between a run and its continuation
+    # Options that may differ between a run and its continuation: where it is, and how its results are measured.
+    HOW = ("out", "resume", "device", "data_dir", "eval_n", "eval_batch", "inception", "reference", "recall")
 
     def __init__(self, method, config, checkpoint_seconds=60):
         self.method, self.config, self.checkpoint_seconds = method, config, checkpoint_seconds
@@ -278,6 +365,7 @@ class Run:
         self.restored = self._restored() if config.resume else None
         self.log_mode = "a" if config.resume else "w"  # a new run's first line replaces an old log, not sooner
         self.earlier_seconds = self.restored["seconds"] if self.restored else 0.0
+        self.wait()  # no rank may write a new checkpoint while another still reads the old one
         torch.manual_seed(config.seed)  # all draws come from the global generators; ranks share them and take their rows
         self.start = time.perf_counter()
         self.say(f"{method} on {config.dataset}: {why}, seed {config.seed}, out {self.out}")
@@ -293,6 +381,10 @@ class Run:
             if state["config"].get(name) != value:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: the checkpoint to resume has {state['config'].get(name)}")
         return state
+
+    def wait(self):
+        """Until all ranks are here; then they see each other's files, if --out is a folder that they share."""
+        self._agree()
 
     def say(self, line):
         """Print on rank 0, above any progress bar."""
@@ -338,8 +430,8 @@ class Run:
         """Yield first, ..., last - 1 behind a progress bar; `run.loss` (a tensor, set in the loop) is shown about once a second.
 
         Between steps it saves `parts` (name -> anything with a state_dict) every `checkpoint_seconds`, and at the end. SIGINT or SIGTERM
-        lets the step finish, saves and exits with code 130. A loss that is not finite stops the run. The loss is read only when shown,
-        so the device never waits.
+        lets the step finish, saves and exits with code 130; whichever rank gets it, all stop after the same step. A loss (the mean over
+        the ranks) that is not finite stops the run. The loss is read only when shown, so the device never waits.
         """
         stop = []
         handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -349,10 +441,12 @@ class Run:
             for step in range(first, last):
                 yield step
                 bar.update()
-                stopping, now = bool(stop), time.perf_counter()
-                due = stopping or now - saved > self.checkpoint_seconds or step == last - 1
-                if self.loss is not None and (due or now - shown > 1 or step == first):  # looked at before every save
-                    loss, shown = self.loss.item(), now
+                now = time.perf_counter()
+                due = now - saved > self.checkpoint_seconds or step == last - 1
+                stopping, due, looking = self._agree(bool(stop), due, now - shown > 1 or step == first)
+                due |= stopping
+                if self.loss is not None and (due or looking):  # looked at before every save
+                    loss, shown = sum_over_ranks(self.loss.detach().to(torch.float64, copy=True)).item() / self.world, now
                     bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
                     self.log(step=step, what=what, loss=loss)
                     if not math.isfinite(loss):
@@ -363,10 +457,19 @@ class Run:
                 if stopping:
                     self.say(f"\nstopped after step {step + 1} of {last}; the same command with --resume goes on from here")
                     sys.exit(130)
+            self.wait()  # for the last checkpoint, and for what rank 0 wrote in the loop
         finally:
             bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _agree(self, *flags):
+        """Each flag as soon as any rank has it. The ranks wait for each other here, but not for their GPUs."""
+        if self.world == 1:
+            return flags
+        together = torch.tensor([0, *flags], dtype=torch.int32)  # on the CPU: by gloo
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+        return together[1:].bool().tolist()
 
     def metrics(self, results, teacher, **more):
         """Write metrics.json: what was run, on what, for how long, and the rows of `results`."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,8 @@ class UNet(nn.Module):
         else:
             self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm, conv
 
+    checkpoint = False  # True: recompute every block in the backward pass
+
     @property
     def img_shape(self):
         """(C, H, W) of one image."""
@@ -269,7 +272,7 @@ class UNet(nn.Module):
             if name.endswith("_aux_residual"):  # the input itself, filtered and downsampled, joins every level of NCSN++
                 x = aux = skips[-1] = (x + layer(aux)) * math.sqrt(0.5)
             else:
-                x = layer(x, emb) if isinstance(layer, Block) else layer(x)  # (B, width, H / 2^level, W / 2^level)
+                x = self.run(layer, x, emb) if isinstance(layer, Block) else layer(x)  # (B, width, H / 2^level, W / 2^level)
                 skips.append(x)
         for name, layer in self.dec.items():
             if isinstance(layer, Block):  # the rest is the head
@@ -279,8 +282,13 @@ class UNet(nn.Module):
                         share = balance.to(x.dtype)[:, None, None, None]
                         x, skip = 2 * share * x, 2 * (1 - share) * skip
                     x = torch.cat([x, skip], dim=1)
-                x = layer(x, emb)
+                x = self.run(layer, x, emb)
         return x
+
+    def run(self, block, x, emb):
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, x, emb, use_reentrant=False)
+        return block(x, emb)
 
     def head(self, features):
         """(B, model_channels * channel_mult[0], H, W) -> (B, img_channels, H, W)."""

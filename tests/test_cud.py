@@ -89,9 +89,9 @@ def test_ema_is_the_official_one():
     for params in golden("ema_params"):
         with torch.no_grad():
             net["p"].copy_(params)
-        learner.update(10**6, 0 * net["p"].sum(), lr=0)
+        learner.update(10**6, lambda zero: (zero * net["p"]).sum(), (torch.zeros(1),), lr=0)
     torch.testing.assert_close(learner.ema["p"].data, golden("ema_result"), rtol=0, atol=1e-14)
-    learner.update(0, 0 * net["p"].sum(), lr=0)
+    learner.update(0, lambda zero: (zero * net["p"]).sum(), (torch.zeros(1),), lr=0)
     torch.testing.assert_close(learner.ema["p"].data, 0.1 * golden("ema_result") + 0.9 * golden("ema_params")[-1], rtol=0, atol=1e-14)
 
 
@@ -435,7 +435,7 @@ def test_coupling_and_kl_weight_reach_the_loss(tmp_path, monkeypatch):
 def test_the_student_starts_from_the_ema_and_takes_its_targets_one_after_another(tmp_path, monkeypatch):
     losses = watch(monkeypatch, "one_step_loss")
     starts, original = [], cud.Learner.update
-    monkeypatch.setattr(cud.Learner, "update", lambda self, *a: (starts.append(copy.deepcopy([self.net, self.ema])), original(self, *a)))
+    monkeypatch.setattr(cud.Learner, "update", lambda self, *a: starts.append(copy.deepcopy([self.net, self.ema])) or original(self, *a))
     models = cud.train(tiny(tmp_path, distill_steps=2, shakedrop=True))
     net = models["cud"]
     for start in starts[3]:  # after three iterations of CUD
@@ -458,6 +458,27 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_labels_reach_the_net_in_training_and_sampling(tmp_path, monkeypatch):
+    """Those of the images while it trains, those of the seeds while it samples; the net makes something else of another class."""
+    seen, original = [], cud.Velocity.forward
+    monkeypatch.setattr(cud.Velocity, "forward", lambda self, z, t, heads=1, labels=None: (
+        seen.append(labels if self.net.label_dim else "encoder") or original(self, z, t, heads, labels)))
+    config = tiny(tmp_path, conditional=True, independent=False, distill_steps=1, baseline=True, eval_n=12, eval_batch=12, nfe=(1,))
+    models = cud.train(config)
+    drawn = cud.Stream(cud.load_dataset("digits"), config.batch_size, config.seed).next()[1]
+    first = [x for x in seen if not isinstance(x, str)]
+    assert any(isinstance(x, str) for x in seen) and torch.equal(first[0], drawn) and torch.equal(first[1], drawn)
+    assert all(x is not None and x.ndim == 1 for x in first)
+    seen.clear()
+    cud.evaluate(config, Run("cud", config), models, cud.make_judge(config, torch.device("cpu"), unseen=True))
+    assert len(seen) > 4 and all(torch.equal(x, torch.arange(12) % 10) for x in seen)
+    net = copy.deepcopy(models["cud"])
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    z = torch.randn(1, 1, 8, 8)
+    assert not torch.allclose(*(net(z, 0.5, 1, torch.tensor([k])) for k in (0, 1)))
 
 
 EVERYTHING = dict(rk="23", dropout=0.1, independent=False, shakedrop=True, baseline=True, distill_steps=1, steps=2)  # 2, 7, 3 iterations

@@ -3,7 +3,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
+import resource
 import threading
 import urllib.error
 import zipfile
@@ -264,6 +266,286 @@ def test_fingerprints_tell_folders_apart(tmp_path, monkeypatch):
     assert first != fingerprint("folder", tmp_path / "one") and fingerprint("mnist", tmp_path / "one") == ""
 
 
+# ---------------------------------------------------------------------------------------------------------- downsampled ImageNet
+
+def imagenet(rows, k=4):
+    """Pixels (rows, 3, k, k) and labels 1 ... 1000, both ends among them."""
+    rng = np.random.default_rng(rows)
+    return rng.integers(0, 256, (rows, 3, k, k), np.uint8), [1000, 1, *rng.integers(1, 1001, rows - 2).tolist()]
+
+
+def write_batches(folder, kind="4", n=23):
+    """Ten batches to train on and val_data, as npz or in a protocol of pickle; 'np' labels are numpy's numbers."""
+    folder.mkdir(exist_ok=True)
+    for names, rows in ((datasets.BATCHES["train"], n), (datasets.BATCHES["test"], 5)):
+        pixels, labels = imagenet(rows)
+        for name, part in zip(names, np.array_split(np.arange(rows), len(names))):
+            content = {"data": pixels[part].reshape(len(part), -1), "labels": [labels[i] for i in part], "mean": pixels.mean(0).ravel()}
+            if kind == "npz":
+                np.savez(folder / f"{name}.npz", data=content["data"], labels=np.array(content["labels"]))
+            else:
+                content["labels"] = [np.int64(i) for i in content["labels"]] if kind[1:] == "np" else content["labels"]
+                (folder / name).write_bytes(pickle.dumps(content, int(kind[0])))
+    return folder
+
+
+def write_images(place, packed):
+    """The same images as PNGs, in the layout of EDM's dataset_tool."""
+    pixels, labels = imagenet(23)
+    files = {f"00000/img{i:08d}.png": png(image.transpose(1, 2, 0)) for i, image in enumerate(pixels)}
+    files["dataset.json"] = json.dumps({"labels": [[f, label - 1] for f, label in zip(files, labels)]}).encode()
+    if not packed:
+        write(place, files)
+        return place
+    with zipfile.ZipFile(place, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return place
+
+
+def write_source(tmp_path, kind):
+    return write_batches(tmp_path / "set", kind) if kind == "npz" or kind[0].isdigit() else write_images(tmp_path / "set", kind == "zip")
+
+
+@pytest.fixture(params=["in memory", "mapped"])
+def large(request, monkeypatch):
+    """Whether what follows counts as a large source."""
+    if request.param == "mapped":
+        monkeypatch.setattr(datasets, "IN_MEMORY", 1)
+    return request.param == "mapped"
+
+
+@pytest.fixture
+def mapped(monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY", 1)
+
+
+def is_imagenet(data, rows=23):
+    pixels, labels = imagenet(rows)
+    return (np.array_equal(data.images.numpy(), pixels) and data.labels.tolist() == [label - 1 for label in labels]
+            and data.num_classes == 1000 and data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz", "2", "3", "4", "2np", "4np"])
+def test_every_source_gives_the_same_pixels_and_labels(tmp_path, kind, large, recwarn):
+    source = write_source(tmp_path, kind)
+    for _ in range(2):  # unpacked, and already there
+        data = load_dataset("imagenet64", "train", source)
+        assert is_imagenet(data) and data.ahead == large
+        test = load_dataset("imagenet64", "test", source)
+        assert (is_imagenet(test), test.split) == ((True, "all") if kind in ("folder", "zip") else (False, "test"))
+        assert test.split == "all" or is_imagenet(test, 5)
+    assert datasets.channels_of("imagenet64", source) == 3 and not recwarn.list
+
+
+def test_a_batch_written_by_python_2_is_read(tmp_path):
+    pixels = bytes(range(240, 256)) + bytes(range(8))  # 2 images of 2x2
+    content = (b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02K\x0c\x86"
+               b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x18" + pixels +
+               b"tbU\x06labels](K\x01M\xe8\x03eu.")
+    (tmp_path / "val_data").write_bytes(content)
+    data = load_dataset("imagenet64", "test", tmp_path)
+    assert bytes(data.images.numpy().ravel()) == pixels and data.labels.tolist() == [0, 999] and data.images.shape == (2, 3, 2, 2)
+
+
+class Evil:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("function, name", [(os.system, "posix.system"), (eval, ".eval"), (np.fromfile, "numpy.fromfile"),
+                                            (np.load, "numpy.load"), (io.open, "io.open"), (np.ndarray.tofile, "getattr")])
+def test_a_pickle_that_wants_more_than_arrays_is_refused_and_not_run(tmp_path, function, name, protocol):
+    folder, mark = write_batches(tmp_path / "set"), tmp_path / "mark"
+    argument = {os.system: f"touch {mark}", eval: f"open({str(mark)!r}, 'w')"}.get(function, str(mark))
+    evil = Evil(function, argument, *["w"] * (function is io.open))
+    content = pickle.dumps({"data": np.zeros((1, 48), np.uint8), "labels": [evil]}, protocol)
+    (folder / "train_data_batch_2").write_bytes(content)
+    message = refused("imagenet64", data_dir=folder)
+    assert str(folder / "train_data_batch_2") in message and f"{name}" in message and "nothing in it was run" in message
+    assert not mark.exists()
+
+
+def test_an_npz_with_a_pickle_in_it_is_refused_and_not_run(tmp_path):
+    folder, mark = write_batches(tmp_path / "set", "npz"), tmp_path / "mark"
+    np.savez(folder / "val_data.npz", data=np.zeros((1, 48), np.uint8), labels=np.array([Evil(os.system, f"touch {mark}")], object))
+    assert str(folder / "val_data.npz") in refused("imagenet64", "test", folder) and not mark.exists()
+
+
+GOOD = {"data": np.zeros((2, 48), np.uint8), "labels": [1, 1000]}
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"data": np.zeros((2, 47), np.uint8)}, "(2, 47)"), ({"data": np.zeros((2, 60), np.uint8)}, "(2, 60)"),
+    ({"data": np.zeros((2, 0), np.uint8)}, "(2, 0)"), ({"data": np.zeros((2, 3, 48), np.uint8)}, "(2, 3, 48)"),
+    ({"data": np.zeros((2, 48), np.float32)}, "float32"), ({"data": [1, 2]}, "not a readable batch"), ({"data": None}, "not a readable"),
+    ({"labels": [0, 5]}, "1 to 1000"), ({"labels": [1, 1001]}, "1 to 1000"), ({"labels": [1]}, "not 2 numbers"),
+    ({"labels": [1.0, 2.0]}, "1 to 1000"), ({"labels": ["a", "b"]}, "1 to 1000"), ({"data": np.zeros((2, 75), np.uint8)}, "(3, 4, 4)"),
+    ({"data": np.zeros((0, 48), np.uint8), "labels": []}, "1 to 1000")])
+@pytest.mark.parametrize("kind", ["npz", "4"])
+def test_a_batch_that_is_none_is_refused(tmp_path, change, said, kind, large, cache):
+    folder = write_batches(tmp_path / "set", kind)
+    name = "train_data_batch_3" + ".npz" * (kind == "npz")
+    if kind == "npz":
+        np.savez(folder / name, **{**GOOD, **change})
+    else:
+        (folder / name).write_bytes(pickle.dumps({**GOOD, **change}))
+    message = refused("imagenet64", data_dir=folder)
+    assert str(folder) in message and name in message and said in message and not list(cache.glob("data/*-*"))
+
+
+@pytest.mark.parametrize("kind", ["npz", "4"])
+def test_a_batch_cut_short_or_missing_is_named(tmp_path, kind):
+    folder = write_batches(tmp_path / "set", kind)
+    file = folder / ("train_data_batch_10" + ".npz" * (kind == "npz"))
+    whole = file.read_bytes()
+    for length in (0, 20, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert str(file) in refused("imagenet64", data_dir=folder)
+    file.write_bytes(pickle.dumps([1]))
+    assert str(file) in refused("imagenet64", data_dir=folder)
+    file.unlink()
+    assert "train_data_batch_10 (or train_data_batch_10.npz) is missing" in refused("imagenet64", data_dir=folder)
+    assert is_imagenet(load_dataset("imagenet64", "test", folder), 5)  # which needs none of them
+    (folder / datasets.BATCHES["test"][0]).with_suffix(".npz" * (kind == "npz")).unlink()
+    assert "val_data (or val_data.npz) is missing" in refused("imagenet64", "test", folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------- unpacked once
+
+def unpacked(cache):
+    return sorted(file.name.split("-", 2)[2] for file in (cache / "data").glob("*-*"))
+
+
+def no_reading(monkeypatch):
+    for name in ("_read_image", "_read_batch"):
+        monkeypatch.setattr(datasets, name, None)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz", "4"])
+def test_a_large_source_is_decoded_once(tmp_path, kind, mapped, monkeypatch, cache):
+    source, counted = write_source(tmp_path, kind), []
+    name = "_read_image" if kind in ("folder", "zip") else "_read_batch"
+    original = getattr(datasets, name)
+    monkeypatch.setattr(datasets, name, lambda *arguments: counted.append(1) or original(*arguments))
+    load_dataset("imagenet64", "train", source)
+    assert len(counted) == (24 if name == "_read_image" else 10)  # the first image also for its size
+    no_reading(monkeypatch)
+    if kind == "zip":
+        monkeypatch.setattr(datasets, "_list_images", None)  # a list of 1.28 million names takes its time, too
+    own = "all" if name == "_read_image" else "train"
+    for split in ("train", "test") if own == "all" else ("train",):
+        assert is_imagenet(load_dataset("imagenet64", split, source))
+    assert unpacked(cache) == [f"{own}.npz", f"{own}.pixels"]
+
+
+def test_a_small_source_leaves_nothing_in_the_cache(tmp_path, cache):
+    load_dataset("imagenet64", "train", write_source(tmp_path, "zip"))
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("first", ["train", "test"])
+def test_the_splits_do_not_depend_on_what_was_unpacked_first(tmp_path, mapped, first):
+    write(tmp_path / "set", {"train/cat/a.png": png(pixels(1)), "train/dog/a.png": png(pixels(2))})
+    load_dataset("folder", first, tmp_path / "set")
+    for split, own in (("train", "train"), ("test", "all")):
+        data = load_dataset("folder", split, tmp_path / "set")
+        assert data.split == own and corners(data) == {1: 0, 2: 1} and data.num_classes == 2
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz", "4"])
+def test_a_changed_source_is_unpacked_again(tmp_path, kind, mapped, cache):
+    source = write_source(tmp_path, kind)
+    load_dataset("imagenet64", "train", source)
+    file = {"folder": source / "00000" / "img00000004.png", "zip": source, "npz": source / "train_data_batch_2.npz",
+            "4": source / "train_data_batch_2"}[kind]
+    time = os.stat(file).st_mtime_ns
+    if kind == "folder":
+        file.write_bytes(png(np.full((4, 4, 3), 7, np.uint8)))
+    elif kind == "zip":
+        with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "new", "w") as new:
+            for n in old.namelist():
+                new.writestr(n, png(np.full((4, 4, 3), 7, np.uint8)) if n.endswith("00004.png") else old.read(n))
+        (tmp_path / "new").replace(file)
+    else:
+        part = {"data": np.full((3, 48), 7, np.uint8), "labels": [5, 6, 7]}
+        with open(file, "wb") as opened:
+            np.savez(opened, **part) if kind == "npz" else pickle.dump(part, opened)
+    os.utime(file, ns=(time + 10**6, time + 10**6))
+    data = load_dataset("imagenet64", "train", source)
+    assert not is_imagenet(data) and (data.images[4] == 7).all() and len(data.images) == 23
+    assert len(unpacked(cache)) == 2  # the 15.7 GB of before are gone
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz", "4"])
+def test_a_stamp_sees_sizes_times_and_names(tmp_path, kind):
+    source = write_source(tmp_path, kind)
+    file = next(f for f in (source, source / "00000" / "img00000004.png", source / "val_data.npz", source / "val_data") if f.is_file())
+    time, stamps = os.stat(file).st_mtime_ns, [datasets._stamp(source)]
+    (tmp_path / "notes.txt").write_text("beside it")
+    assert datasets._stamp(source) == stamps[0]
+    os.utime(file, ns=(time, time + 1000))
+    stamps.append(datasets._stamp(source))
+    with open(file, "ab") as opened:
+        opened.write(b"1")
+    os.utime(file, ns=(time, time + 1000))
+    stamps.append(datasets._stamp(source))
+    if kind == "folder":
+        (source / "notes.txt").write_text("no part of it")
+        assert datasets._stamp(source) == stamps[-1]
+        file.rename(file.with_name("img.png"))
+        stamps.append(datasets._stamp(source))
+        (source / "dataset.json").unlink()
+        stamps.append(datasets._stamp(source))
+    assert len(set(stamps)) == len(stamps)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UsageError])
+def test_an_interrupted_unpacking_leaves_nothing_and_is_repeated(tmp_path, mapped, monkeypatch, cache, error):
+    source, original, seen = write_source(tmp_path, "folder"), datasets._read_image, []
+
+    def stops(*arguments):
+        seen.append(1)
+        if len(seen) == 15:
+            raise error
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(datasets, "_read_image", stops)
+        load_dataset("imagenet64", "train", source)
+    assert unpacked(cache) == []
+    place = next((cache / "data").glob("*.lock")).stem
+    (cache / "data" / f"{place}-0123-all.pixels.1.part").write_text("of a process that was killed")
+    assert is_imagenet(load_dataset("imagenet64", "train", source)) and unpacked(cache) == ["all.npz", "all.pixels"]
+
+
+@pytest.mark.parametrize("suffix, damage", [("npz", "remove"), ("pixels", "remove"), ("npz", "cut"), ("pixels", "cut")])
+def test_an_unpacked_set_that_is_not_whole_is_made_again(tmp_path, mapped, cache, suffix, damage):
+    source = write_source(tmp_path, "npz")
+    load_dataset("imagenet64", "train", source)
+    file, = cache.glob(f"data/*-train.{suffix}")
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(whole[:-30])
+    assert is_imagenet(load_dataset("imagenet64", "train", source)) and file.read_bytes()[:64] == whole[:64]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, mapped, cache):
+    source = write_source(tmp_path, "npz")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # 23 images of 48 bytes are more
+        message = refused("imagenet64", "train", source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot write" in message and "train.pixels" in message and unpacked(cache) == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------- Stream
 
 def numbered(n):
@@ -321,3 +603,103 @@ def test_half_of_the_images_are_mirrored_left_to_right():
         assert (same | mirrored).all() and 0.45 < mirrored[~(same & mirrored)].double().mean() < 0.55
         flips.append(dict(zip((x.flatten(1).sum(1) * 1e4).long().tolist(), mirrored.tolist())))
     assert flips[0] != flips[1]  # drawn anew in every epoch
+
+
+def far(data):
+    """The same set, as if its images were too large for the device."""
+    return Dataset(data.name, data.images, data.labels, data.num_classes, data.split, ahead=True)
+
+
+def same(batch, other):
+    return all(torch.equal(a, b) for a, b in zip(batch, other))
+
+
+@pytest.mark.parametrize("rank, world", [(0, 1), (0, 2), (1, 2)])
+def test_a_stream_that_fetches_ahead_gives_the_same_batches(tmp_path, mapped, rank, world):
+    source = write_source(tmp_path, "npz")
+    large = load_dataset("imagenet64", "train", source)
+    small = Dataset("copy", large.images.clone(), large.labels, large.num_classes, "train")
+    stream, plain = (Stream(data, 5, 1, True, rank, world) for data in (large, small))
+    assert stream.thread and not plain.thread
+    for i in range(30):  # several epochs of 23
+        assert same(stream.next(), plain.next()) and stream.state_dict() == plain.state_dict() == {"position": 5 * world * (i + 1)}
+    state = {"position": 7 * 5 * world}
+    resumed = Stream(large, 5, 1, True, rank, world)
+    for other in (stream, plain, resumed):
+        other.load_state_dict(state)
+    for _ in range(9):
+        batch = plain.next()
+        assert same(stream.next(), batch) and same(resumed.next(), batch)
+    stream.position = plain.position = 0  # as cud.py does
+    assert same(stream.next(), plain.next()) and stream.position == 5 * world
+
+
+def test_batches_are_fetched_before_they_are_asked_for():
+    data = numbered(23)
+    stream, plain, calls, go = Stream(far(data), 5, seed=0), Stream(data, 5, seed=0), [], threading.Event()
+
+    def fetch(position):
+        calls.append((position, threading.current_thread() is threading.main_thread()))
+        assert position == 0 or go.wait(10)  # the first does not wait for the next ones
+        return Stream._fetch(stream, position)
+
+    stream._fetch = fetch
+    assert same(stream.next(), plain.next()) and stream.state_dict() == {"position": 5}
+    go.set()
+    stream.thread.submit(int).result()  # comes when all before it is done
+    assert calls == [(0, False), (5, False), (10, False)] and stream.position == 5
+    for _ in range(3):
+        assert same(stream.next(), plain.next())
+    stream.thread.submit(int).result()
+    assert [position for position, _ in calls] == [0, 5, 10, 15, 20, 25]  # each once only, two ahead
+    assert set(stream.coming) == {20, 25} and stream.position == 20
+    stream.position = 0
+    stream.next()
+    assert set(stream.coming) == {5, 10}  # what was fetched for elsewhere is not kept
+
+
+def test_rows_are_read_in_the_order_of_the_file():
+    read, data = [], numbered(23)
+
+    class Images:
+        shape, device = data.images.shape, data.images.device
+        __len__ = lambda self: 23
+        __getitem__ = lambda self, rows: read.append(rows.tolist()) or data.images[rows]
+
+    stream = Stream(Dataset("read", Images(), data.labels, 23, "train", ahead=True), 11, seed=0)
+    assert same(stream.next(), Stream(data, 11, seed=0).next()) and read[0] == sorted(read[0])
+
+
+def test_what_goes_wrong_while_fetching_is_raised_by_next():
+    data = numbered(23)
+    stream, plain = Stream(far(data), 5, seed=0), Stream(data, 5, seed=0)
+    assert same(stream.next(), plain.next())
+    stream.thread.submit(int).result()
+    stream.coming.clear()
+
+    def fails(position):
+        raise OSError("the disk is gone")
+
+    stream._fetch = fails
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            stream.next()
+    assert stream.position == 5
+    del stream._fetch
+    stream.coming.clear()
+    assert same(stream.next(), plain.next())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_does_not_fit_on_the_gpu_stays_where_it_is(monkeypatch):
+    data = load_dataset("digits", device="cuda")
+    assert data.images.is_cuda and data.labels.is_cuda and not data.ahead
+    streams = [Stream(load_dataset("digits"), 100, 0, True), Stream(data, 100, 0, True)]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * data.images.nbytes, 10**9))
+    large = load_dataset("digits", device="cuda")
+    assert not large.images.is_cuda and large.labels.is_cuda and large.ahead and large.device.type == "cuda"
+    streams.append(Stream(large, 100, 0, True))
+    for _ in range(40):
+        batches = [stream.next() for stream in streams]
+        assert all(part.is_cuda for part in (*batches[1], *batches[2])) and same(batches[1], batches[2])
+        assert same(batches[0], [part.cpu() for part in batches[2]])

@@ -399,7 +399,7 @@ def equal(a, b):
 
 def test_resumed_is_bitwise_uninterrupted(tmp_path, monkeypatch):
     teacher = tiny_teacher()
-    judge = make_judge("digits", torch.device("cpu"), smoke=True, recall=True)
+    judge = make_judge(tiny_config(tmp_path, smoke=True), torch.device("cpu"))
     ema, history = gdd.train(tiny_config(tmp_path / "whole"), teacher=teacher, judge=judge)
     config, calls = tiny_config(tmp_path / "cut"), []
 
@@ -428,10 +428,10 @@ def test_gradients_that_are_not_finite_stop_the_run_and_are_named(tmp_path, monk
     """The loss stays finite: one gradient, in one step, is not. Nothing after that step is saved."""
     config, original = tiny_config(tmp_path, images=400), gdd.Player.update
 
-    def update(self, loss, step):
+    def update(self, loss_of, batch, step, *more):
         if step == 3 and name in self.trained:
             self.trained[name].register_hook(lambda gradient: torch.full_like(gradient, value))
-        original(self, loss, step)
+        return original(self, loss_of, batch, step, *more)
 
     monkeypatch.setattr(gdd.Player, "update", update)
     with pytest.raises(UsageError, match=f"not finite, first at step 3 in 1 tensors \\({side} {name}\\)"):
@@ -452,9 +452,9 @@ def test_gradients_are_averaged_before_they_are_used(monkeypatch):
     player, before = gdd.Player(net, 0.1), net.weight.detach().clone()
     with monkeypatch.context() as patch:
         patch.setattr(gdd, "average_gradients", lambda parameters: [p.grad.zero_() for p in parameters])
-        player.update(net(torch.ones(1, 3)).sum(), 0)
+        player.update(lambda x: net(x).sum(), (torch.ones(1, 3),), 0)
     assert torch.equal(net.weight, before) and player.faults() == []
-    gdd.Player(net, 0.1).update(net(torch.ones(1, 3)).sum(), 0)
+    gdd.Player(net, 0.1).update(lambda x: net(x).sum(), (torch.ones(1, 3),), 0)
     torch.testing.assert_close(net.weight, before - 0.1)  # Adam's first step: the rate, downhill
 
 
@@ -463,7 +463,8 @@ def test_gradients_of_any_memory_layout_are_used_rightly():
     torch.manual_seed(0)
     net, weight = nn.Conv2d(4, 4, 3), torch.randn(4, 4, 3, 3)
     before = net.weight.detach().clone()
-    gdd.Player(net, 0.1).update((net.weight.to(memory_format=torch.channels_last) * weight.to(memory_format=torch.channels_last)).sum(), 0)
+    other = weight.to(memory_format=torch.channels_last)
+    gdd.Player(net, 0.1).update(lambda one: (net.weight.to(memory_format=torch.channels_last) * other).sum(), (torch.ones(1),), 0)
     torch.testing.assert_close(before - net.weight, 0.1 * weight.sign(), rtol=1e-4, atol=1e-4)
 
 

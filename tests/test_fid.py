@@ -1,4 +1,5 @@
 """common/fid.py: the distance is the distance, the features are those of the FID network, the images those of their seeds."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,9 @@ from torch import nn
 from common import fid
 from common.classifier import Classifier
 from common.datasets import load_dataset, to_float, to_uint8
-from common.fid import (Inception, Moments, feature_extractor, fid_of_images, frechet_distance, generate, load_moments, make_judge,
-                        precision_recall, reference_moments)
-from common.training import UsageError, noise_from_seeds
+from common.fid import (Inception, Moments, feature_extractor, frechet_distance, load_moments, make_judge, measure, precision_recall,
+                        reference_moments)
+from common.training import Options, UsageError, noise_from_seeds
 
 
 @pytest.fixture(autouse=True)
@@ -106,14 +107,33 @@ def random_inception():
 
 
 def test_inception_gives_the_features_of_pytorch_fid(random_inception, monkeypatch):
+    """The network is theirs; images come in as in TensorFlow's graph, which pytorch-fid only approximates."""
     theirs = pytest.importorskip("pytorch_fid.inception")
     monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *args, **kwargs: random_inception)
     images = torch.randint(0, 256, (2, 3, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    ours = Inception(random_inception)
+    as_in_the_graph = (fid.old_resize(fid.old_resize(images.double(), 299).mT, 299).mT - 128) / 128
     with torch.no_grad():
-        expected = theirs.InceptionV3().eval()(images / 255)[0][..., 0, 0]  # (2, 2048)
-        features = Inception(random_inception)(images)
+        net = theirs.InceptionV3(resize_input=False, normalize_input=False).eval()
+        expected = net(as_in_the_graph.float())[0][..., 0, 0]  # (2, 2048)
+        features = ours(images)
+        approximate = theirs.InceptionV3().eval()(images / 255)[0][..., 0, 0]
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
     assert expected.std(0).mean() > 1e-3 * expected.std()  # the images can be told apart
+    assert 1e-3 * expected.std() < (features - approximate).abs().mean() < expected.std()
+    assert torch.equal(ours.logits(features), features @ random_inception["fc.weight"].T)  # Inception Score's: without the bias
+
+
+def test_the_resize_is_tensorflows_old_one():
+    """Place i of 299 looks at i * W / 299; the last place of the border repeats. By hand, and against NVIDIA's way to write it."""
+    x = torch.tensor([[0.0, 10.0, 40.0]])
+    torch.testing.assert_close(fid.old_resize(x, 6)[0], torch.tensor([0.0, 5, 10, 25, 40, 40]))
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = torch.eye(2, 3, dtype=torch.float64)
+    theta[:, 2] += theta.diagonal() / 32 - theta.diagonal() / 299  # sampling points of align_corners=False, moved by their half pixels
+    grid = torch.nn.functional.affine_grid(theta.expand(2, 2, 3), (2, 3, 299, 299), align_corners=False)
+    expected = torch.nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    torch.testing.assert_close(fid.old_resize(fid.old_resize(x, 299).mT, 299).mT, expected, rtol=0, atol=1e-9)
 
 
 @pytest.fixture
@@ -126,6 +146,9 @@ def small(monkeypatch):
 
         def forward(self, images):
             return images.double().mean((2, 3)) * self.scale
+
+        def logits(self, features):
+            return features / 50
     torch.manual_seed(0)
     net = Classifier(32, 3, 10, 2).eval().requires_grad_(False)
     monkeypatch.setattr(fid, "Inception", Small)
@@ -224,22 +247,45 @@ def test_moments_of_edm_are_read(tmp_path):
         load_moments(tmp_path / "ref.npz", extractor)
 
 
+def settings(eval_n, eval_batch=250, **options):
+    return Options(eval_n=eval_n, eval_batch=eval_batch, **options)
+
+
 def test_an_image_belongs_to_its_seed_whatever_the_batch():
     seen = []
 
     def sampler(noise, labels):
         assert noise.dtype == torch.float64
         seen.append(len(noise))
-        return 0.4 * noise + labels[:, None, None, None]
-    seeds = [5, 3, 1000, 7, 0]
-    images = [generate(sampler, seeds, (1, 4, 4), "cpu", batch_size, label_dim=3) for batch_size in (1, 2, 256)]
-    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2]) and seen == [1] * 5 + [2, 2, 1] + [5]
-    for image, seed in zip(images[0], seeds):
-        alone = 0.4 * torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)).double() + seed % 3
-        assert torch.equal(image, alone.float())
-    assert not torch.equal(images[0][1], images[0][4])
-    assert torch.equal(generate(sampler, range(2), (1, 4, 4), "cpu", label_dim=3)[0], images[0][4])
+        return 0.2 * noise + labels[:, None, None, None] - 1
+    pictures = [measure({("a", 1): sampler}, settings(5, size), (1, 4, 4), "cpu", label_dim=3)[1]["a 1"] for size in (1, 2, 256)]
+    assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[0], pictures[2]) and seen == [1] * 5 + [2, 2, 1] + [5]
+    for seed, image in enumerate(pictures[0]):
+        alone = 0.2 * torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)).double() + seed % 3 - 1
+        assert torch.equal(image, to_uint8(alone.float()))
+    assert len(pictures[0].flatten(1).unique(dim=0)) == 5
+    assert len(measure({("a", 1): sampler}, settings(90), (1, 4, 4), "cpu", label_dim=3)[1]["a 1"]) == 16  # all there is to see
     assert fid.labels_for(range(12), 10, "cpu").tolist() == [*range(10), 0, 1] and fid.labels_for([1], 0, "cpu") is None
+
+
+def close(row, other):
+    return row.keys() == other.keys() and all(v == (w if isinstance(v, str) else pytest.approx(w, rel=1e-5)) for v, w in
+                                              zip(row.values(), other.values()))
+
+
+def test_rows_are_those_of_all_images_and_of_the_first_sampler_as_truth():
+    judge = make_judge(Options(smoke=True, recall=True), "cpu", unseen=True)
+    samplers = {("teacher", 9): lambda noise, labels: 0.5 * noise, ("ours", 2): lambda noise, labels: 0.4 * noise + 0.1}
+    noise = noise_from_seeds(range(70), (1, 8, 8))
+    rows, pictures = measure(samplers, settings(70, 32), (1, 8, 8), "cpu", judge, truth=True)
+    assert [(row.pop("name"), row.pop("nfe")) for row in rows] == list(samplers) and list(pictures) == ["teacher 9", "ours 2"]
+    for row, sampler in zip(rows, samplers.values()):
+        error = row.pop("rmse_to_teacher")
+        assert error == pytest.approx((sampler(noise, None) - 0.5 * noise).square().mean().sqrt().item(), abs=1e-7)
+        alone = judge.row(sampler(noise, None).float())
+        assert close(row, alone) and row["fid_n"] == 70 and {"fid_unseen", "recall"} <= row.keys()
+    assert rows[0]["fid"] != rows[1]["fid"]
+    assert "rmse_to_teacher" not in measure(samplers, settings(70), (1, 8, 8), "cpu", judge)[0][1]
 
 
 def test_sampling_keeps_no_graph_and_refuses_what_is_not_finite():
@@ -250,9 +296,56 @@ def test_sampling_keeps_no_graph_and_refuses_what_is_not_finite():
         x0 = scale * noise
         assert not x0.requires_grad and labels is None
         return x0 / (noise[:, :1, :1, :1] - third)
-    generate(sampler, [1, 2], (1, 2, 2), "cpu")
-    with pytest.raises(UsageError, match="cfd.*not finite, images 2 to 3"):
-        generate(sampler, [1, 2, 3, 4], (1, 2, 2), "cpu", batch_size=2, what="cfd")
+    measure({("cfd", 4): sampler}, settings(3), (1, 2, 2), "cpu")
+    with pytest.raises(UsageError, match="cfd 4.*not finite, images 2 to 3"):
+        measure({("cfd", 4): sampler}, settings(4, 2), (1, 2, 2), "cpu")
+
+
+def inception_score(p, parts):
+    """Salimans et al. 2016, their code: exp of the mean KL(p(y | x) || p(y)) of each part."""
+    scores = []
+    for part in np.array_split(p, parts):
+        scores.append(np.exp(np.mean([sum(q * np.log(q / m) for q, m in zip(row, part.mean(0)) if q > 0) for row in part])))
+    return np.mean(scores), np.std(scores)
+
+
+@pytest.mark.parametrize("n, parts", [(40, 10), (7, 7)])
+def test_inception_score_is_the_mean_over_ten_parts(small, tmp_path, n, parts):
+    torch.save({"scale": torch.tensor([1.0, 2.0, 3.0])}, tmp_path / "weights.pth")
+    extractor = feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
+    extractor.dim = 3
+    judge = fid.Judge(extractor, (np.zeros(3), np.eye(3)))
+    x0 = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0)) ** torch.arange(1, n + 1).view(-1, 1, 1, 1) * 2 - 1
+    row = judge.row(x0)
+    p = (extractor(to_uint8(x0)).double() / 50).softmax(1).numpy()
+    assert (row["inception_score"], row["inception_score_sd"]) == pytest.approx(inception_score(p, parts))
+    batches = fid.Score(judge, n)
+    for first in range(0, n, 3):
+        batches.add(x0[first:first + 3], first)
+    assert close(batches.row(), row)
+    assert "inception_score" not in fid.Judge(replace(extractor, logits=None), judge.reference).row(x0)
+
+
+def test_edms_moments_are_the_reference_where_inception_judges(small, tmp_path, monkeypatch, cache, capsys):
+    torch.save({"scale": torch.ones(3)}, tmp_path / "weights.pth")
+    config = Options("cifar10", inception=str(tmp_path / "weights.pth"))
+    monkeypatch.setattr(fid, "reference_moments", lambda *args: ("own",))
+    monkeypatch.setattr(fid, "load_moments", lambda path, extractor: ("read", path))
+    monkeypatch.setattr(fid, "download", lambda url, path, what: (path, url))
+    assert make_judge(config, "cpu").reference == ("read", (cache / "edm-cifar10-32x32.npz", fid.EDM_REFERENCES["cifar10"]))
+    config.reference = "train"
+    assert make_judge(config, "cpu").reference == ("own",)
+    config.reference = "my.npz"
+    assert make_judge(config, "cpu").reference == ("read", "my.npz")
+
+    def fail(url, path, what):
+        raise UsageError(f"{what}: no {url}")
+    monkeypatch.setattr(fid, "download", fail)
+    config.reference = None
+    assert make_judge(config, "cpu").reference == ("own",) and "those of the training images" in capsys.readouterr().out
+    monkeypatch.setattr(fid, "INCEPTION_FILE", "none")
+    config.inception = None
+    assert make_judge(config, "cpu").reference == ("own",)  # the classifier's features are not EDM's
 
 
 def test_fid_of_images_falls_as_they_get_better():
@@ -260,7 +353,7 @@ def test_fid_of_images_falls_as_they_get_better():
     reference = reference_moments("digits", extractor)
     x = to_float(load_dataset("digits").images)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    scores = [fid_of_images(to_uint8(x + level * noise), extractor, reference) for level in (0, 0.1, 0.3, 1)]
+    scores = [fid.Judge(extractor, reference).row(x + level * noise)["fid"] for level in (0, 0.1, 0.3, 1)]
     assert scores[0] < 1e-4 and scores == sorted(scores) and scores[1] > 0.1 and scores[3] > 10
     features = extractor(to_uint8(x + 0.3 * noise)).double().numpy()
     expected = frechet_distance(features.mean(0), np.cov(features, rowvar=False), *reference[:2])
@@ -298,14 +391,14 @@ def test_precision_sees_wrong_images_and_recall_missing_ones():
 
 
 def test_judge_gives_recall_in_the_space_that_no_loss_has_seen():
-    judge = make_judge("digits", "cpu", smoke=True, unseen=True, recall=True)  # the second classifier after 5 steps
+    judge = make_judge(Options(smoke=True, recall=True), "cpu", unseen=True)  # the second classifier after 5 steps
     real = load_dataset("digits").images
     x0 = to_float(load_dataset("digits", "test").images)
     row = judge.row(x0)
     expected = precision_recall(judge.unseen.extractor(real), judge.unseen.extractor(to_uint8(x0)))
     assert (row["precision"], row["recall"]) == pytest.approx(expected) and 0 < row["recall"] != row["precision"] < 1
     assert row["precision_recall_features"] == row["fid_unseen_features"] != row["fid_features"]
-    assert row["fid"] == make_judge("digits", "cpu").row(x0)["fid"] != row["fid_unseen"]
-    alone = make_judge("digits", "cpu", recall=True).row(x0)
+    assert row["fid"] == make_judge(Options(), "cpu").row(x0)["fid"] != row["fid_unseen"]
+    alone = make_judge(Options(recall=True), "cpu").row(x0)
     assert alone["precision_recall_features"] == "digits-classifier" and alone["recall"] != row["recall"] and "fid_unseen" not in alone
-    assert "recall" not in make_judge("digits", "cpu", smoke=True, unseen=True).row(x0)
+    assert "recall" not in make_judge(Options(smoke=True), "cpu", unseen=True).row(x0)

@@ -15,7 +15,7 @@ from common.training import Run, UsageError, load_checkpoint, noise_from_seeds, 
 from common.unet import ddpmpp
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), batch_size=16, warmup=2, fid_n=16, device="cpu")
+TINY = dict(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), batch_size=16, warmup=2, eval_n=16, device="cpu")
 
 
 def test_edm_loss_is_the_weighted_error_of_the_denoiser():
@@ -128,7 +128,7 @@ def test_shipped_teacher_makes_digits():
 def test_command_line_trains_evaluates_and_survives_a_signal(tmp_path):
     """The documented command: SIGINT leaves a checkpoint, --resume finishes, and equals a run that was left alone."""
     command = [sys.executable, "-m", "common.teacher", "--device", "cpu", "--steps", "300", "--batch-size", "16", "--model-channels", "8",
-               "--fid-n", "32"]
+               "--eval-n", "32"]
     environment = {**os.environ, "FEWSTEP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     cut = [*command, "--out", str(tmp_path / "cut"), "--save", str(tmp_path / "cut.pt")]
     process = subprocess.Popen(cut, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -152,7 +152,7 @@ def test_command_line_trains_evaluates_and_survives_a_signal(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path):
     """torchrun with two gloo ranks and the same global batch: the same weights to float tolerance (dropout off)."""
-    options = ["--device", "cpu", "--steps", "6", "--batch-size", "16", "--model-channels", "8", "--dropout", "0", "--fid-n", "16"]
+    options = ["--device", "cpu", "--steps", "6", "--batch-size", "16", "--model-channels", "8", "--dropout", "0", "--eval-n", "16"]
     environment = {**os.environ, "FEWSTEP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     for k in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={k}"] if k > 1 else []

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -506,6 +507,75 @@ def test_one_rank_needs_no_process_group(monkeypatch):
     before = [p.grad.clone() for p in net.parameters()]
     training.average_gradients(net.parameters())
     assert training.rank_and_world() == (0, 1) and all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before))
+
+
+def test_one_rank_has_all_rows_and_sums(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    rows = torch.arange(6.0).view(3, 2)
+    assert training.share_of(7) == slice(0, 7) and torch.equal(training.gather_rows(rows), rows)
+    assert torch.equal(training.sum_over_ranks(rows.clone()), rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------- large networks
+
+@pytest.mark.parametrize("at_most", [None, 1, 3, 4, 7, 100])
+def test_parts_of_a_batch_add_up_to_its_gradient(at_most):
+    torch.manual_seed(0)
+    net, x, y, seen = nn.Linear(3, 1).double(), torch.randn(7, 3).double(), torch.randn(7, 1).double(), []
+
+    def loss_of(x, y, nothing):
+        assert nothing is None
+        seen.append(len(x))
+        return (net(x) - y).square().mean()
+
+    expected = (net(x) - y).square().mean()
+    gradients = torch.autograd.grad(expected, list(net.parameters()))
+    total = training.accumulate(loss_of, (x, y, None), at_most)
+    assert not total.requires_grad and total.item() == pytest.approx(expected.item())
+    assert max(seen) == min(at_most or 7, 7) and sum(seen) == 7
+    for parameter, gradient in zip(net.parameters(), gradients):
+        torch.testing.assert_close(parameter.grad, gradient)
+    training.accumulate(loss_of, (x, y, None), at_most, inputs=[net.bias])
+    torch.testing.assert_close(net.bias.grad, 2 * gradients[1])
+    torch.testing.assert_close(net.weight.grad, gradients[0])  # was not asked for
+
+
+def test_whole_batches_are_not_rescaled():
+    """Bitwise what loss.backward() gives."""
+    x = torch.randn(7, requires_grad=True)
+    training.accumulate(lambda rows: (rows * x).square().mean() / 3, (torch.ones(7),))
+    accumulated, x.grad = x.grad, None
+    ((torch.ones(7) * x).square().mean() / 3).backward()
+    assert torch.equal(accumulated, x.grad)
+
+
+def test_checkpoint_recomputes_the_same_gradients_and_compile_keeps_the_names(monkeypatch):
+    from common.unet import Block, ddpmpp
+    torch.manual_seed(0)
+    net = ddpmpp(8, 1, model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.2)
+    wrapped, x, calls, names = nn.Module(), torch.randn(2, 1, 8, 8), [], list(net.state_dict())
+    wrapped.net = net
+    nn.init.normal_(list(net.dec.values())[-1].weight)
+    original = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *a: calls.append(1) or original(self, *a))
+    gradients, counts = [], []
+    for checkpoint in (False, True):
+        training.prepare(SimpleNamespace(checkpoint=checkpoint, compile=False), wrapped)
+        calls.clear()
+        torch.manual_seed(1)  # dropout
+        net(x, torch.zeros(2)).square().mean().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+        counts.append(len(calls))
+        net.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and counts[1] == 2 * counts[0] > 0
+    calls.clear()
+    with torch.no_grad():
+        net(x, torch.zeros(2))
+    assert len(calls) == counts[0]
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    training.prepare(SimpleNamespace(checkpoint=False, compile=True), wrapped, net)
+    assert compiled == [wrapped, net] and list(net.state_dict()) == names
 
 
 RANK = """
