@@ -52,16 +52,16 @@ from common.diffusion import GRIDS, expand, flow_from_edm, sigma_grid
 from common.fid import labels_for, make_judge, measure
 from common.plots import save_curves, save_rows
 from common.solvers import ORDERS, SOLVERS, steps_for
-from common.training import (Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
+from common.teacher import NetworkOptions, new_network
+from common.training import (Run, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
                              gather_rows, noise_from_seeds, option, parse_config, prepare, require, share_of, table)
 
 EPS, DISTILL_FROM = 1e-5, (8, 11, 14)  # the smallest t; where in 16 Euler steps the one-step targets come from (official)
-ARCHS = {"ddpmpp": unet.ddpmpp, "ncsnpp": unet.ncsnpp, "adm": unet.adm}
 RK, STEP_RULES, WALKS = ("12", "23", "34"), ("uniform", "rule", "origin"), ("t", *GRIDS)
 
 
 @dataclass
-class Config(TrainingOptions):
+class Config(NetworkOptions):
     rk: str = option("12", "catch-up targets: 12, 23 or 34, of 1, 2 or 3 heads (paper: all three)", choices=RK)
     exact_rk: bool = option(False, "Runge-Kutta weights of the order that their names promise, for all targets")
     step_rule: str = option("uniform", "step h: u / TN with u uniform, t / TN (rule), 1 / TN (origin) (official)", choices=STEP_RULES)
@@ -69,22 +69,10 @@ class Config(TrainingOptions):
     adaptive_weight: bool | None = option(None, "at iteration i of I weigh catch-up by 2 i/I, the data by 2 (1 - i/I) (official flag)")
     target_dropout: bool = option(False, "compute the targets with dropout on, as the official code does")
     independent: bool | None = option(None, "z1 is independent of x0: no encoder (official flag)")
-    conditional: bool = option(False, "condition the velocity on the class labels; the encoder does not see them")
     kl_weight: float = option(20.0, "weight of the encoder's KL term (official commands: 20)")
     shakedrop: bool | None = option(None, "weigh decoder against skips by t (official flag)")
     phi: float | None = option(None, "ShakeDrop: share of the decoder at t = 0, that of the skips at t = 1")
-    arch: str | None = option(None, "network: a setting of common.unet", choices=tuple(ARCHS))
-    model_channels: int | None = option(None, "width of the network")
-    channel_mult: tuple[int, ...] | None = option(None, "width per resolution, in multiples of --model-channels")
-    num_blocks: int | None = option(None, "residual blocks per resolution")
-    attn_resolutions: tuple[int, ...] | None = option(None, "resolutions with self-attention")
-    dropout: float | None = option(None, "dropout")
     encoder_channels: int | None = option(None, "width of the encoder, of --num-blocks 2 at most")
-    flip: bool | None = option(None, "random horizontal flips")
-    steps: int | None = option(None, "iterations")
-    batch_size: int | None = option(None, "images per iteration, over all ranks")
-    lr: float | None = option(None, "Adam's learning rate, constant after the warm-up")
-    warmup: int | None = option(None, "iterations of linear warm-up (official: 5000)")
     ema: float = option(0.9999, "decay of the EMA, for evaluation only; (1 + i) / (10 + i) while that is less (official: 0.9999)")
     baseline: bool = option(False, "also train a rectified flow: same start, data, noise and t; as many iterations, then as much compute")
     distill_steps: int | None = option(None, "iterations of the one-step student for each of its three targets (README: 40k); 0: none")
@@ -308,14 +296,10 @@ class Learner:
 
 
 def make_net(config, data, encoder=False):
-    width, blocks = (config.encoder_channels, min(2, config.num_blocks)) if encoder else (config.model_channels, config.num_blocks)
-    try:
-        classes = data.num_classes if config.conditional and not encoder else 0
-        net = ARCHS[config.arch](data.resolution, data.channels, classes, model_channels=width, channel_mult=list(config.channel_mult),
-                                 num_blocks=blocks, attn_resolutions=list(config.attn_resolutions), dropout=config.dropout)
-    except ValueError as error:
-        raise UsageError(f"--dataset {config.dataset} with --arch {config.arch}: {error}") from None
-    return Velocity(net, 2) if encoder else Velocity(net, config.heads, config.phi if config.shakedrop else None)
+    if encoder:
+        return Velocity(new_network(config, data, label_dim=0, model_channels=config.encoder_channels,
+                                    num_blocks=min(2, config.num_blocks))[0], heads=2)
+    return Velocity(new_network(config, data)[0], config.heads, config.phi if config.shakedrop else None)
 
 
 def training_costs(config):

@@ -115,7 +115,8 @@ def load_teacher(spec, dataset, device, data_dir=None):
 # ------------------------------------------------------------------------------------------------------------------------- training
 
 @dataclass
-class Config(TrainingOptions):
+class NetworkOptions(TrainingOptions):
+    """Those of a script that trains a network from scratch."""
     arch: str | None = option(None, "network: a setting of common.unet", choices=tuple(ARCHS))
     model_channels: int | None = option(None, "width of the network")
     channel_mult: tuple[int, ...] | None = option(None, "width per resolution, in multiples of --model-channels")
@@ -126,8 +127,23 @@ class Config(TrainingOptions):
     flip: bool | None = option(None, "random horizontal flips")
     steps: int | None = option(None, "optimizer steps")
     batch_size: int | None = option(None, "images per step, over all ranks")
-    lr: float | None = option(None, "Adam's learning rate at its highest (EDM: 1e-3 on CIFAR-10)")
+    lr: float | None = option(None, "Adam's learning rate at its highest")
     warmup: int | None = option(None, "steps of linear warm-up")
+
+
+def new_network(config, data, **changes):
+    """A U-Net as NetworkOptions say, for a Dataset, and the arguments it was made with; `changes` come first. Raises UsageError."""
+    kwargs = dict(img_resolution=data.resolution, img_channels=data.channels, label_dim=data.num_classes if config.conditional else 0,
+                  model_channels=config.model_channels, channel_mult=list(config.channel_mult), num_blocks=config.num_blocks,
+                  attn_resolutions=list(config.attn_resolutions), dropout=config.dropout) | changes
+    try:
+        return ARCHS[config.arch](**kwargs), kwargs
+    except ValueError as error:
+        raise UsageError(f"--dataset {config.dataset} with --arch {config.arch}: {error}") from None
+
+
+@dataclass
+class Config(NetworkOptions):
     ema_images: float | None = option(None, "half-life of the EMA in images (EDM: 5e5), at most 0.05 of the images seen")
     half: bool = option(False, "store the weights in float16")
     save: str | None = option(None, "where the teacher goes (default: the cache, where the methods find it; --smoke: --out)")
@@ -166,13 +182,7 @@ def train(config):
     run = Run("teacher", config)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
     per_rank, mine = run.rows(config.batch_size)
-    kwargs = dict(img_resolution=data.resolution, img_channels=data.channels, label_dim=data.num_classes if config.conditional else 0,
-                  model_channels=config.model_channels, channel_mult=list(config.channel_mult), num_blocks=config.num_blocks,
-                  attn_resolutions=list(config.attn_resolutions), dropout=config.dropout)
-    try:
-        net = ARCHS[config.arch](**kwargs)
-    except ValueError as error:
-        raise UsageError(f"--dataset {config.dataset} with --arch {config.arch}: {error}") from None
+    net, kwargs = new_network(config, data)
     denoiser = Denoiser(net).to(run.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
@@ -188,7 +198,7 @@ def train(config):
     parts = {"net": denoiser, "ema": ema, "optimizer": optimizer, "stream": stream}
     first = run.restore(parts)
     for step in run.steps(first, config.steps, parts):
-        lr = config.lr * min((step + 1) / config.warmup, 1 - step / config.steps)
+        lr = config.lr * min((step + 1) / max(1, config.warmup), 1 - step / config.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         x0, labels = stream.next()

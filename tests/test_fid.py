@@ -343,6 +343,7 @@ def test_edms_moments_are_the_reference_where_inception_judges(small, tmp_path, 
     monkeypatch.setattr(fid, "download", fail)
     config.reference = None
     assert make_judge(config, "cpu").reference == ("own",) and "those of the training images" in capsys.readouterr().out
+    monkeypatch.setattr(fid, "edm_reference", lambda name: "not for the classifier")
     monkeypatch.setattr(fid, "INCEPTION_FILE", "none")
     config.inception = None
     assert make_judge(config, "cpu").reference == ("own",)  # the classifier's features are not EDM's
