@@ -6,7 +6,6 @@ log), then the script's own flat loop over `run.steps(...)`, then `run.metrics(r
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import http.client
 import json
 import math
@@ -320,22 +319,28 @@ def save_checkpoint(path, kind, state):
     atomic_write(path, lambda file: torch.save({"fewstep": kind, **state}, file))
 
 
-def download(url, path, what, sha256=None):
-    """Fetch `url` to `path` unless it is there already; return the path. `sha256` is checked after every download.
+def download(url, path, what):
+    """Fetch `url` to `path` unless it is there already; return the path. Nothing is left there of a download that breaks off.
 
     Raises UsageError saying what was wanted, from where, and where to put it by hand.
     """
     path = Path(path)
-    if path.exists():
-        return path
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            data = response.read()
-    except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, no such address, cut off half way
-        raise UsageError(f"{what}: could not download {url} ({error}); fetch it by hand and put it at {path}") from None
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise UsageError(f"{what}: {url} has SHA-256 {hashlib.sha256(data).hexdigest()}, expected {sha256}; nothing was saved")
-    atomic_write(path, lambda file: file.write(data))
+
+    def chunks():
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                size = int(response.headers.get("Content-Length") or 0)
+                with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.5) as bar:
+                    while chunk := response.read(2**20):
+                        yield chunk
+                        bar.update(len(chunk))
+                    if bar.n < size:
+                        raise ValueError(f"only {bar.n} of {size} bytes came")
+        except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, no such address, cut off half way
+            raise UsageError(f"{what}: could not download {url} ({error}); fetch it by hand and put it at {path}") from None
+
+    if not path.exists():
+        atomic_write(path, lambda file: file.writelines(chunks()))
     return path
 
 

@@ -289,7 +289,9 @@ class Web:
 
     def __call__(self, url, timeout):
         self.asked.append(url)
-        return io.BytesIO(self.data)
+        answer = io.BytesIO(self.data)
+        answer.headers = {}
+        return answer
 
 
 def test_a_short_name_is_downloaded_once_and_checked_afterwards(cache, monkeypatch):

@@ -180,7 +180,7 @@ def test_given_inception_weights_are_used(tmp_path, small):
 
 
 def test_without_inception_the_classifier_stands_in_and_says_so(small, monkeypatch, capsys, cache):
-    def fail(url, path, what, sha256=None):
+    def fail(url, path, what):
         raise UsageError(f"could not download {url}; put it at {path}")
     monkeypatch.setattr(fid, "download", fail)
     extractor = feature_extractor("cifar10", "cpu")
