@@ -234,7 +234,7 @@ def teacher_samples(config, teacher, noise, labels=None):
         return solver(with_labels(teacher, labels), config.sigma_max * noise, sigmas)
 
 
-def train(config, run=None, teacher=None):
+def train(config, run=None, teacher=None, distance=None):
     """Learn the grid; return (sigmas, sigmas_net), each (n+1,) float64. With config.steps = 0: where it would start from."""
     run = run or Run("ld3", config)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
@@ -244,7 +244,7 @@ def train(config, run=None, teacher=None):
     grid = TimeGrid(config.n, config.sigma_min, config.sigma_max, config.mode)
     grid.set_to(start[0], start[1] if config.times == "decoupled" else start[0])
     shape = teacher.net.img_shape
-    solver, distance = make_solver(config.solver, config.order, config.variant), make_distance(config, run.device)
+    solver, distance = make_solver(config.solver, config.order, config.variant), distance or make_distance(config, run.device)
     radius = 0.001 * shape[0] * shape[1] * shape[2] / config.n**2 if config.radius is None else config.radius
     run.say(f"{config.solver} of order {config.order}, {config.nfe} evaluations, distance {config.distance}, "
             f"{config.objective} objective (radius {radius:.3g}), {config.times} times, start {config.schedule or config.init}")
@@ -382,8 +382,9 @@ def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("ld3", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
+    distance = make_distance(config, run.device) if config.steps else None  # before the judge, which may have long work to do
     judge = make_judge(config, run.device)
-    sigmas, sigmas_net = train(config, run, teacher)  # under torchrun: the same on every rank
+    sigmas, sigmas_net = train(config, run, teacher, distance)  # under torchrun: the same on every rank
     if config.steps and run.rank == 0:
         write_schedule(run.out / "schedule.json", config, sigmas, sigmas_net)
     results = evaluate(config, run, teacher, judge, sigmas, sigmas_net)

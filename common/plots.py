@@ -2,6 +2,12 @@
 import numpy as np
 from matplotlib.figure import Figure
 
+from common.training import atomic_write
+
+
+def _write(figure, path, **how):
+    atomic_write(path, lambda file: figure.savefig(file, format="png", **how))
+
 
 def save_rows(path, rows, columns=16):
     """One labelled row of images per entry of `rows`, {label: uint8 images (n, C, H, W)}; the first `columns` of each are shown."""
@@ -17,7 +23,7 @@ def save_rows(path, rows, columns=16):
         for spine in axis.spines.values():
             spine.set_visible(False)
     figure.subplots_adjust(left=0.1, right=1, bottom=0, top=1, hspace=0.1)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)  # as wide as the longest label asks for
+    _write(figure, path, bbox_inches="tight", pad_inches=0.05)  # as wide as the longest label asks for
 
 
 def save_curves(path, curves, xlabel, ylabel, title="", log=""):
@@ -34,7 +40,7 @@ def save_curves(path, curves, xlabel, ylabel, title="", log=""):
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def save_sigma_grids(path, grids, title="", floor=1e-3):
@@ -53,7 +59,7 @@ def save_sigma_grids(path, grids, title="", floor=1e-3):
     axis.invert_xaxis()
     axis.grid(alpha=0.3, axis="x")
     figure.tight_layout()
-    figure.savefig(path)
+    _write(figure, path)
 
 
 def save_heatmap(path, rows, xs, xlabel, title=""):
@@ -67,4 +73,4 @@ def save_heatmap(path, rows, xs, xlabel, title=""):
     axis.set_xticklabels([f"{x:.3g}" for x in xs[::every]], fontsize=8)
     figure.colorbar(image)
     figure.tight_layout()
-    figure.savefig(path)
+    _write(figure, path)

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -290,7 +291,11 @@ def atomic_write(path, write):
             part.unlink()
         if not isinstance(error, (OSError, RuntimeError)):  # torch.save turns a full disk into a RuntimeError
             raise
-        raise UsageError(f"cannot write {path} ({str(error).splitlines()[0]}); what was saved there before is kept") from error
+        said = error  # behind an error of torch.save stands what the operating system said
+        while said.__context__ and not isinstance(said, OSError):
+            said = said.__context__
+        why = said.strerror if isinstance(said, OSError) and said.strerror else str(error).splitlines()[0]
+        raise UsageError(f"cannot write {path} ({why}); what was saved there before is kept") from error
 
 
 def save_json(path, value):
@@ -370,6 +375,8 @@ class Run:
         self.restored = self._restored() if config.resume else None
         self.log_mode = "a" if config.resume else "w"  # a new run's first line replaces an old log, not sooner
         self.earlier_seconds = self.restored["seconds"] if self.restored else 0.0
+        for part in self.out.glob("*.part"):  # left by a run that was killed
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         self.wait()  # no rank may write a new checkpoint while another still reads the old one
         torch.manual_seed(config.seed)  # all draws come from the global generators; ranks share them and take their rows
         self.start = time.perf_counter()
@@ -427,9 +434,12 @@ class Run:
     def log(self, **values):
         """Append one line to log.jsonl (rank 0)."""
         if self.rank == 0:
-            with open(self.out / "log.jsonl", self.log_mode) as file:
-                self.log_mode = "a"
-                file.write(json.dumps({"seconds": round(self.seconds(), 3), **values}) + "\n")
+            try:
+                with open(self.out / "log.jsonl", self.log_mode) as file:
+                    self.log_mode = "a"
+                    file.write(json.dumps({"seconds": round(self.seconds(), 3), **values}) + "\n")
+            except OSError as error:
+                raise UsageError(f"cannot write {self.out / 'log.jsonl'} ({error.strerror}); the last checkpoint is kept") from None
 
     def steps(self, first, last, parts, what="training"):
         """Yield first, ..., last - 1 behind a progress bar; `run.loss` (a tensor, set in the loop) is shown about once a second.
