@@ -46,8 +46,8 @@ from common.datasets import Stream, load_dataset
 from common.diffusion import expand, with_labels
 from common.fid import make_judge
 from common.teacher import load_teacher
-from common.training import (Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, fill_from_presets, option,
-                             parse_config, prepare, require, table)
+from common.training import (SCORES, Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, fill_from_presets,
+                             option, parse_config, prepare, require, table)
 from progressive import check_stages, evaluate, make_student, pd_loss, plan, read_student, save_student, stage_levels, two_step_target
 
 CLASSIFIERS = ("own", "imagenet-resnet18", "imagenet-resnet50", "imagenet-densenet121", "imagenet-densenet201")
@@ -211,7 +211,7 @@ def main():
     pd.update({n: cfd.pop(n) for n in counts if n >= config.cfd_from})
     results = evaluate(config, run, teacher, judge, {"pd": pd, "cfd": cfd})
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)")
-    run.say(table(results, ["name", "nfe", "rmse_to_teacher", "fid", "fid_unseen"]))
+    run.say(table(results, ["name", "nfe", "rmse_to_teacher", *SCORES]))
     run.say(f"{run.seconds():.0f} s; results in {run.out}: metrics.json, samples.png, fid.png, "
             + ", ".join(f"student-{n}.pt" for n in counts))
 

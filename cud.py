@@ -53,7 +53,7 @@ from common.fid import labels_for, make_judge, measure
 from common.plots import save_curves, save_rows
 from common.solvers import ORDERS, SOLVERS, steps_for
 from common.teacher import NetworkOptions, new_network
-from common.training import (Run, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
+from common.training import (SCORES, Run, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
                              gather_rows, noise_from_seeds, option, parse_config, prepare, require, share_of, table)
 
 EPS, DISTILL_FROM = 1e-5, (8, 11, 14)  # the smallest t; where in 16 Euler steps the one-step targets come from (official)
@@ -438,7 +438,7 @@ def main():
     models = train(config, run)
     results, costs = evaluate(config, run, models, judge), training_costs(config)
     run.metrics(results, teacher="none", training_cost=costs)
-    run.say(table(results, ["name", "nfe", "fid", "fid_unseen", "straightness"]))
+    run.say(table(results, ["name", "nfe", *SCORES, "straightness"]))
     run.say(table([{"name": name, **cost} for name, cost in costs.items()], ["name", *costs["cud"]]))
     run.say(f"{run.seconds():.0f} s; results in {run.out}: metrics.json, samples.png, fid.png, trajectories.png")
 

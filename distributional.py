@@ -47,7 +47,7 @@ from common.fid import make_judge, measure
 from common.plots import save_curves, save_heatmap, save_rows
 from common.solvers import euler, heun
 from common.teacher import ARCHS, load_teacher
-from common.training import (Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, ema_decay, ema_update,
+from common.training import (SCORES, Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, ema_decay, ema_update,
                              fill_from_presets, option, parse_config, prepare, require, table)
 from common.unet import Block
 
@@ -433,9 +433,9 @@ def main():
     if run.rank > 0:
         return
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)", trace=history.rows)
-    run.say(table(results, ["name", "nfe", "fid", "fid_unseen", "precision", "recall"]))
-    run.say("precision and recall in the space of fid_unseen; fid (fid_unseen) on the way: "
-            + ", ".join(f"{row['images']:,} images {row['fid']:.3g} ({row['fid_unseen']:.3g})" for row in history.rows))
+    run.say(table(results, ["name", "nfe", *SCORES]))
+    space = f"precision and recall [{results[0]['precision_recall_features']}]; " if config.recall else ""
+    run.say(space + "fid on the way: " + ", ".join(f"{row['images']:,} images {row['fid']:.3g}" for row in history.rows))
     run.say(f"{run.seconds():.0f} s; results in {run.out}: metrics.json, samples.png, losses.png, layers.png")
 
 

@@ -53,7 +53,7 @@ from common.fid import labels_for, make_judge, measure
 from common.plots import save_curves, save_rows
 from common.solvers import TWO_EVALUATIONS, deis, dpm2, dpmpp, euler, heun, ipndm
 from common.teacher import load_teacher
-from common.training import (Options, Run, UsageError, atomic_write, cli, fill_from_presets, noise_from_seeds, option, parse_config,
+from common.training import (SCORES, Options, Run, UsageError, atomic_write, cli, fill_from_presets, noise_from_seeds, option, parse_config,
                              require, save_json, table)
 
 SOLVERS = {"ddim": euler, "ipndm": ipndm, "dpm2": dpm2, "deis2": partial(deis, order=2), "deis3": partial(deis, order=3), "heun": heun}
@@ -379,7 +379,7 @@ def main():
         write_lambdas(run.out / "lambdas.json", config, fitted)
     results = evaluate(config, run, teacher, judge, fitted)
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)")
-    run.say(table(results, ["name", "nfe", "rmse_to_teacher", "fid"]))
+    run.say(table(results, ["name", "nfe", "rmse_to_teacher", *SCORES]))
     run.say("fitting cost, image evaluations and seconds: " + ", ".join(
         f"d-{solver} {nfe}: {entry['fit_evaluations']:,}, {entry['fit_seconds']:.1f}" for (solver, nfe), entry in fitted.items()))
     files = "metrics.json, samples.png, lambdas.png" + ("" if config.lambdas else ", lambdas.json")

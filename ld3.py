@@ -46,8 +46,8 @@ from common.fid import labels_for, make_judge, measure
 from common.plots import save_rows, save_sigma_grids
 from common.solvers import ORDERS, SOLVERS, steps_for
 from common.teacher import load_teacher
-from common.training import (Options, Run, UsageError, average_gradients, cli, fill_from_presets, gather_rows, noise_from_seeds, option,
-                             parse_config, require, save_json, share_of, sum_over_ranks, table)
+from common.training import (SCORES, Options, Run, UsageError, average_gradients, cli, fill_from_presets, gather_rows, noise_from_seeds,
+                             option, parse_config, require, save_json, share_of, sum_over_ranks, table)
 
 
 @dataclass
@@ -389,7 +389,7 @@ def main():
         write_schedule(run.out / "schedule.json", config, sigmas, sigmas_net)
     results = evaluate(config, run, teacher, judge, sigmas, sigmas_net)
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)")
-    run.say(table(results, ["name", "nfe", "rmse_to_teacher", "fid"]))
+    run.say(table(results, ["name", "nfe", "rmse_to_teacher", *SCORES]))
     run.say(f"{run.seconds():.0f} s; results in {run.out}: metrics.json, samples.png, grids.png" + ", schedule.json" * bool(config.steps))
 
 

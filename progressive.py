@@ -45,7 +45,7 @@ from common.fid import make_judge, measure
 from common.plots import save_curves, save_rows
 from common.solvers import euler, heun
 from common.teacher import load_teacher, save_teacher
-from common.training import (Run, TrainingOptions, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
+from common.training import (SCORES, Run, TrainingOptions, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
                              load_checkpoint, option, parse_config, prepare, require, save_checkpoint, table)
 
 PREDICTIONS = ("edm", "x", "v", "eps")
@@ -302,7 +302,7 @@ def main():
     students = {n: read_student(run.out / f"student-{n}.pt", teacher, config.prediction) for n in counts}
     results = evaluate(config, run, teacher, judge, {"pd": students})
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)")
-    run.say(table(results, ["name", "nfe", "rmse_to_teacher", "fid", "fid_unseen"]))
+    run.say(table(results, ["name", "nfe", "rmse_to_teacher", *SCORES]))
     run.say(f"{run.seconds():.0f} s; results in {run.out}: metrics.json, samples.png, fid.png, "
             + ", ".join(f"student-{n}.pt" for n, _, _ in stages_of(config)))
 

@@ -101,6 +101,8 @@ def locked(path):
         raise UsageError(f"the cache {path.parent} cannot be written ({error.strerror}); set FEWSTEP_CACHE to another folder") from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+        for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
         yield
 
 

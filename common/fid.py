@@ -333,8 +333,8 @@ class Score:
 def make_judge(config, device, unseen=False):
     """The Judge of a script's Options. Make it before any long work: data or weights that cannot be had are found out here.
 
-    `unseen`: measure also with a classifier of the same data trained from another seed, whose features no loss has seen. Precision and
-    recall are against at most 50,000 training images.
+    `unseen`: where a classifier judges, measure also with one of another seed, whose features no loss has seen (nor Inception's).
+    Precision and recall are against at most 50,000 training images.
     """
     name, data_dir, steps = config.dataset, config.data_dir, 5 if config.smoke else None
     extractor = feature_extractor(name, device, config.inception, data_dir, steps)
@@ -342,7 +342,7 @@ def make_judge(config, device, unseen=False):
     if path is None and extractor.name == "inception" and name in EDM_REFERENCES:
         path = edm_reference(name)
     judge = Judge(extractor, reference_moments(name, extractor, data_dir) if path in (None, "train") else load_moments(path, extractor))
-    if unseen:
+    if unseen and extractor.name != "inception":
         other = classifier_features(name, device, data_dir, steps, seed=1)
         judge.unseen = Judge(other, reference_moments(name, other, data_dir))
     if config.recall:

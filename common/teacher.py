@@ -22,7 +22,7 @@ from common.edm_pickle import NAMES, PUBLIC, read_edm_pickle
 from common.fid import make_judge, measure
 from common.plots import save_rows
 from common.solvers import heun
-from common.training import (Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cache_dir, cli, download,
+from common.training import (SCORES, Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cache_dir, cli, download,
                              ema_decay, ema_update, fill_from_presets, load_checkpoint, option, parse_config, prepare, require,
                              save_checkpoint, save_json, table)
 
@@ -238,7 +238,7 @@ def main():
     path, run = train(config)
     results = evaluate(config, path, run)
     run.metrics(results, teacher=str(path))
-    run.say(table(results, ["name", "nfe", "fid"]))
+    run.say(table(results, ["name", "nfe", *SCORES]))
 
 
 if __name__ == "__main__":

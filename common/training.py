@@ -500,9 +500,15 @@ class Run:
                 "results": results, **more})
 
 
+SCORES = ("fid", "fid_unseen", "inception_score", "precision", "recall")  # what common.fid can give
+
+
 def table(results, columns):
-    """Rows of `results` as aligned text; a FID column is headed by its n and feature space, a cell that was not run reads 'not run'."""
-    heads = []
+    """Rows of `results` as aligned text; a FID column is headed by its n and feature space, a cell that was not run reads 'not run'.
+
+    A column that no row has is left out.
+    """
+    columns, heads = [c for c in columns if any(r.get(c) is not None for r in results)], []
     for column in columns:
         first = next((r for r in results if r.get(column) is not None), {})
         space = first.get(f"{column}_features")

@@ -168,6 +168,13 @@ def test_a_lock_lets_one_in_at_a_time(tmp_path):
     assert events == ["first", "other"]
 
 
+def test_who_has_the_lock_sweeps_what_a_killed_process_left(tmp_path):
+    for name in ("x.12.part", "x", "y.12.part"):
+        (tmp_path / name).write_text("")
+    with datasets.locked(tmp_path / "x"):
+        assert {file.name for file in tmp_path.iterdir()} == {"x", "x.lock", "y.12.part"}
+
+
 # ------------------------------------------------------------------------------------------------------------ folders and zips
 
 def pixels(value, channels=3, size=4):

@@ -332,6 +332,7 @@ def test_edms_moments_are_the_reference_where_inception_judges(small, tmp_path, 
     monkeypatch.setattr(fid, "reference_moments", lambda *args: ("own",))
     monkeypatch.setattr(fid, "load_moments", lambda path, extractor: ("read", path))
     monkeypatch.setattr(fid, "download", lambda url, path, what: (path, url))
+    assert make_judge(config, "cpu", unseen=True).unseen is None  # Inception's features, too, no loss has seen
     assert make_judge(config, "cpu").reference == ("read", (cache / "edm-cifar10-32x32.npz", fid.EDM_REFERENCES["cifar10"]))
     config.reference = "train"
     assert make_judge(config, "cpu").reference == ("own",)

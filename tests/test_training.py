@@ -490,6 +490,12 @@ def test_the_seed_decides_the_draws_of_a_run(tmp_path):
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
+def test_a_table_has_the_columns_that_some_row_has():
+    rows = [{"name": "a", "fid": None, "recall": None}, {"name": "b", "fid": 0.0}]
+    assert [line.split() for line in training.table(rows, ["name", "nfe", *training.SCORES]).splitlines()] == [
+        ["name", "fid"], ["a", "not", "run"], ["b", "0"]]
+
+
 def test_a_table_says_what_was_not_run_and_on_what_a_fid_rests():
     rows = [{"name": "euler", "nfe": 5, "fid": None, "rmse": 0.123456},
             {"name": "ld3", "nfe": 5, "fid": 12.345678, "fid_features": "digits classifier", "fid_n": 1797},
