@@ -383,10 +383,11 @@ def train(config, run=None):
             own.load_state_dict(cud.ema.state_dict())
         seeds = torch.arange(config.distill_n) + 10**9 * (config.seed + 1)  # the evaluation has 0, 1, ...
         z, labels = noise_from_seeds(seeds, shape, run.device).float(), labels_for(seeds, net.net.label_dim, run.device)
-        targets = z[:0, None].expand(-1, 3, *shape)
-        for i in torch.arange(config.distill_n, device=run.device)[share_of(config.distill_n)].split(config.eval_batch):
-            ahead = along_euler(of_head(labelled(cud.ema, None if labels is None else labels[i])), z[i], 16)[2][DISTILL_FROM,]
-            targets = torch.cat([targets, ahead.float().transpose(0, 1)])
+        own = torch.arange(config.distill_n, device=run.device)[share_of(config.distill_n)]
+        targets = z.new_empty(len(own), 3, *shape)
+        for i, target in zip(own.split(config.eval_batch), targets.split(config.eval_batch)):
+            ahead = along_euler(of_head(labelled(cud.ema, None if labels is None else labels[i])), z[i], 16)[2]
+            target.copy_(ahead[DISTILL_FROM,].transpose(0, 1))
         targets = gather_rows(targets)
 
         def student_loss(z, goal, labels):

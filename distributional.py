@@ -405,8 +405,8 @@ def evaluate(config, run, teacher, judge, generator, history):
     rows, pictures = measure(samplers, config, shape, run.device, judge, label_dim)
     if run.rank > 0:
         return rows
-    trained = pictures.pop(f"{name} 1")
-    save_rows(run.out / "samples.png", {**history.pictures, f"{name}": trained, **pictures})
+    del pictures[f"{name} 1"]  # the last of the history
+    save_rows(run.out / "samples.png", {**history.pictures, **pictures})
 
     every = max(1, len(history.losses) // 100)  # steps that one point of the curve is the mean of
     means = torch.stack([part.mean(0) for part in history.losses.cpu().split(every)])

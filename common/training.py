@@ -358,8 +358,9 @@ class Run:
     written, when --resume finds no checkpoint, or when the checkpoint was made with other options.
     """
 
-    # Options that may differ between a run and its continuation: where it is, and how its results are measured.
-    HOW = ("out", "resume", "device", "data_dir", "eval_n", "eval_batch", "inception", "reference", "recall")
+    # Options that may differ between a run and its continuation: where it is, how its memory is used, how its results are measured.
+    HOW = ("out", "resume", "device", "data_dir", "batch_per_gpu", "checkpoint", "compile", "eval_n", "eval_batch", "inception",
+           "reference", "recall")
 
     def __init__(self, method, config, checkpoint_seconds=60):
         self.method, self.config, self.checkpoint_seconds = method, config, checkpoint_seconds

@@ -475,6 +475,18 @@ def test_resume_refuses_what_does_not_fit(tmp_path):
         train(tmp_path, resume=True, seed=1, widths=(8, 16))
 
 
+def test_a_run_may_go_on_in_other_parts_and_be_measured_otherwise(tmp_path):
+    def options(**changed):
+        return training.TrainingOptions(**{"out": str(tmp_path), "device": "cpu", "eval_n": 10, "eval_batch": 5, **changed})
+
+    Run("method", options()).save(3, {})
+    changed = options(resume=True, eval_n=20, eval_batch=7, recall=True, reference="train", inception="x", batch_per_gpu=2, checkpoint=True,
+                      compile=True)
+    assert Run("method", changed).restored["step"] == 3
+    with pytest.raises(UsageError, match="--dataset mnist: the checkpoint to resume has digits"):
+        Run("method", options(resume=True, dataset="mnist"))
+
+
 def test_options_from_the_command_line_resume_like_defaults(tmp_path):
     """`--widths 16 32` is the default, spelt out."""
     train(tmp_path, interrupt=1)
