@@ -45,7 +45,7 @@ from common.classifier import ImageNetInput, load_classifier
 from common.datasets import Stream, load_dataset
 from common.diffusion import expand, with_labels
 from common.fid import make_judge
-from common.teacher import load_teacher
+from common.teacher import check_classes, load_teacher
 from common.training import (SCORES, Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, fill_from_presets,
                              option, parse_config, prepare, require, table)
 from progressive import check_stages, evaluate, make_student, pd_loss, plan, read_student, save_student, stage_levels, two_step_target
@@ -154,6 +154,7 @@ def train(config, run=None, teacher=None):
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     classifier = make_classifier(config, run.device)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
+    check_classes(config, teacher, data)
     per_rank, mine = run.rows(config.batch_size)
     student = read_student(Path(config.pd) / f"student-{config.cfd_from}.pt", teacher) if config.pd else make_student(teacher)
     student.requires_grad_(True)

@@ -99,7 +99,7 @@ class Config(NetworkOptions):
         require(self.tn >= self.heads, "tn", self.tn, f"must be at least {self.heads}, the number of heads of --rk {self.rk}")
         require(1 <= self.head <= self.heads, "head", self.head, f"--rk {self.rk} has {self.heads}")
         require(self.order in (None, *ORDERS[self.solver]), "order", self.order, f"{self.solver} offers {ORDERS[self.solver]}")
-        for nfe in self.nfe:
+        for nfe in (*self.nfe, *(1,) * (self.distill_steps > 0)):  # the one-step student has a row of its own
             steps_for(self.solver, nfe, ends_in_zero=self.walk == "t")  # raises on a budget that the solver cannot meet
 
 

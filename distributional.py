@@ -46,9 +46,9 @@ from common.diffusion import Denoiser, sigma_grid, with_labels
 from common.fid import make_judge, measure
 from common.plots import save_curves, save_heatmap, save_rows
 from common.solvers import euler, heun
-from common.teacher import ARCHS, load_teacher
+from common.teacher import ARCHS, check_classes, load_teacher
 from common.training import (SCORES, Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, ema_decay, ema_update,
-                             fill_from_presets, option, parse_config, prepare, require, table)
+                             fill_from_presets, option, parse_config, prepare, require, sum_over_ranks, table)
 from common.unet import Block
 
 FREEZE = {"none": "", "conv": "conv|proj", "conv+qkv": "conv|proj|qkv", "conv+qkv+skip": "conv|proj|qkv|skip"}
@@ -77,11 +77,11 @@ class Config(TrainingOptions):
         self.nfe = (self.nfe,) if isinstance(self.nfe, int) else tuple(dict.fromkeys(self.nfe))
         for name in ("width", "batch_size", "r1_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("lr", "lr_d", "ema_images", "sigma_max"):
+        for name in ("lr", "lr_d", "ema_images"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         require(self.r1_gamma >= 0, "r1_gamma", self.r1_gamma, "must not be negative")
         require(self.images >= self.batch_size, "images", self.images, f"must be at least one batch, {self.batch_size}")
-        require(self.eval_n >= 4, "eval_n", self.eval_n, "must be at least 4: every image needs 3 neighbours")
+        require(0.002 < self.sigma_max < float("inf"), "sigma_max", self.sigma_max, "must be above 0.002, where DDIM ends, and finite")
         require(min(self.nfe, default=0) >= 1, "nfe", self.nfe, "at least 1 network evaluation is needed")
         for name, allowed in (("freeze", FREEZE), ("init", ("teacher", "random")), ("features", ("classifier", "imagenet"))):
             require(getattr(self, name) in allowed, name, getattr(self, name), f"unknown, choose from {', '.join(allowed)}")
@@ -285,7 +285,7 @@ class History:
 
 
 def one_step(generator, sigma_max):
-    """The generator as a sampler for `common.fid.generate`: unit noise, labels -> x0."""
+    """The generator as a sampler for `common.fid.measure`: unit noise, labels -> x0."""
     return lambda noise, labels: generator(sigma_max * noise, sigma_max, labels)
 
 
@@ -295,9 +295,7 @@ def train(config, run=None, teacher=None, judge=None):
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     shape, label_dim = teacher.net.img_shape, teacher.net.label_dim
-    right = tuple(data.images.shape[1:])
-    require(shape == right, "teacher", config.teacher, f"makes images of {shape}, --dataset {config.dataset} has {right}")
-    require(label_dim in (0, data.num_classes), "teacher", config.teacher, f"has {label_dim} classes, the data {data.num_classes}")
+    check_classes(config, teacher, data)
     per_rank, mine = run.rows(config.batch_size)
     generator = make_generator(teacher, config.freeze, config.init).to(run.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(generator).requires_grad_(False)
@@ -327,14 +325,20 @@ def train(config, run=None, teacher=None, judge=None):
         with autocast(run.device):
             fake = generator(config.sigma_max * noise, config.sigma_max, labels)
             fakes.append(fake.detach())
-            return generator_loss(discriminator(fake, labels))
+            loss = generator_loss(discriminator(fake, labels))
+        discriminator.heads.eval()  # spectral norm: no power iteration for further parts of the batch
+        return loss
 
     def loss_of_d(x0, fake, labels):
         with autocast(run.device):
-            return discriminator_loss(discriminator(x0, labels), discriminator(fake, labels))
+            loss = discriminator_loss(discriminator(x0, labels), discriminator(fake, labels))
+        discriminator.heads.eval()
+        return loss
 
     def loss_of_r1(x0, labels):  # in float32: it is a second derivative
-        return config.r1_every * r1_penalty(discriminator, x0, labels, config.r1_gamma)
+        loss = config.r1_every * r1_penalty(discriminator, x0, labels, config.r1_gamma)
+        discriminator.heads.eval()
+        return loss
 
     parts = {"generator": generator, "ema": ema, "discriminator": discriminator, "optimizer_g": g.optimizer, "optimizer_d": d.optimizer,
              "stream": stream, "history": history}
@@ -347,13 +351,16 @@ def train(config, run=None, teacher=None, judge=None):
             x0, labels = stream.next()
             noise = torch.randn(config.batch_size, *shape, device=run.device)[mine]
             labels = labels if label_dim else None  # fake images get the classes of the real ones
+            discriminator.heads.train()
             loss_g = g.update(loss_of_g, (noise, labels), step, config.batch_per_gpu)
+            discriminator.heads.train()
             loss_d = d.update(loss_of_d, (x0, torch.cat(fakes), labels), step, config.batch_per_gpu)
             fakes.clear()
             if config.r1_gamma and step and step % config.r1_every == 0:
+                discriminator.heads.train()
                 d.update(loss_of_r1, (x0, labels), step, config.batch_per_gpu)
             ema_update(ema, generator, ema_decay(step * config.batch_size, config.batch_size, config.ema_images))
-            history.losses[step] = torch.stack([loss_g, loss_d])
+            history.losses[step] = sum_over_ranks(torch.stack([loss_g, loss_d]).float()) / run.world
             good = (g.broken < 0).all() & (d.broken < 0).all()
             run.loss = torch.where(good, history.losses[step, 0], torch.nan)  # read now and then, and before every save
             if step + 1 in looks:
@@ -434,8 +441,7 @@ def main():
         return
     run.metrics(results, teacher=config.teacher or f"{config.dataset} (shipped or cached)", trace=history.rows)
     run.say(table(results, ["name", "nfe", *SCORES]))
-    space = f"precision and recall [{results[0]['precision_recall_features']}]; " if config.recall else ""
-    run.say(space + "fid on the way: " + ", ".join(f"{row['images']:,} images {row['fid']:.3g}" for row in history.rows))
+    run.say("fid on the way: " + ", ".join(f"{row['images']:,} images {row['fid']:.3g}" for row in history.rows))
     run.say(f"{run.seconds():.0f} s; results in {run.out}: metrics.json, samples.png, losses.png, layers.png")
 
 

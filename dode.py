@@ -54,7 +54,7 @@ from common.plots import save_curves, save_rows
 from common.solvers import TWO_EVALUATIONS, deis, dpm2, dpmpp, euler, heun, ipndm
 from common.teacher import load_teacher
 from common.training import (SCORES, Options, Run, UsageError, atomic_write, cli, fill_from_presets, noise_from_seeds, option, parse_config,
-                             require, save_json, table)
+                             require, save_json, share_of, table)
 
 SOLVERS = {"ddim": euler, "ipndm": ipndm, "dpm2": dpm2, "deis2": partial(deis, order=2), "deis3": partial(deis, order=3), "heun": heun}
 
@@ -269,7 +269,7 @@ def fit(config, run=None, teacher=None):
         return read_lambdas(config)
     shape = teacher.net.img_shape
     seeds = torch.arange(config.fit_n) + 10**9 * (config.seed + 1)  # the evaluation uses 0, 1, 2, ...
-    batches = seeds.split(config.fit_batch)[run.rank:: run.world]
+    batches = [batch for batch in seeds[share_of(config.fit_n)].split(config.fit_batch) if len(batch)]  # of this rank
 
     def model(batch):
         return with_labels(teacher, labels_for(batch, teacher.net.label_dim, run.device))

@@ -44,9 +44,9 @@ from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.fid import make_judge, measure
 from common.plots import save_curves, save_rows
 from common.solvers import euler, heun
-from common.teacher import load_teacher, save_teacher
-from common.training import (SCORES, Run, TrainingOptions, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
-                             load_checkpoint, option, parse_config, prepare, require, save_checkpoint, table)
+from common.teacher import check_classes, load_teacher, save_teacher
+from common.training import (SCORES, Run, TrainingOptions, UsageError, accumulate, autocast, average_gradients, cli, ema_update,
+                             fill_from_presets, load_checkpoint, option, parse_config, prepare, require, save_checkpoint, table)
 
 PREDICTIONS = ("edm", "x", "v", "eps")
 TRANSLATE = 4  # the stage that teaches the network another form: so many times the updates, at so many times the rate
@@ -93,6 +93,8 @@ def check_stages(config):
     config.nfe = tuple(sorted({config.nfe} if isinstance(config.nfe, int) else set(config.nfe), reverse=True))
     for count in config.nfe:
         require(count in counts, "nfe", count, f"there is no such stage; choose from {', '.join(map(str, counts))}")
+    walks = {len(stage_levels(count, config.sigma_max)) for count in config.nfe}
+    require(len(walks) == len(config.nfe), "sigma_max", config.sigma_max, "so many steps have nothing to do that two of --nfe are the same")
 
 
 # Official: config/cifar_distill.py and imagenet64_distill.py; updates: paper, section 5.2.
@@ -185,9 +187,15 @@ def save_student(path, student, teacher, dataset, prediction="edm"):
 
 
 def read_student(path, teacher, prediction="edm"):
-    """The student of a stage on the teacher's device, frozen. Raises UsageError if the file is none."""
-    student = make_student(teacher, prediction)
-    student.load_state_dict(load_checkpoint(path)["weights"])
+    """The student of a stage on the teacher's device, frozen. Raises UsageError if the file is none, or another teacher's."""
+    student, state = make_student(teacher, prediction), load_checkpoint(path)
+    right = "teacher" if prediction == "edm" else f"{prediction}-predicting student"
+    if state["fewstep"] != right:
+        raise UsageError(f"{path}: holds a {state['fewstep']}, not a {right}")
+    try:
+        student.load_state_dict(state["weights"])
+    except RuntimeError:
+        raise UsageError(f"{path}: a student of another teacher (its weights have other names or shapes)") from None
     return student.requires_grad_(False)
 
 
@@ -203,6 +211,7 @@ def train(config, run=None, teacher=None):
     run = run or Run("progressive", config)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
+    check_classes(config, teacher, data)
     per_rank, mine = run.rows(config.batch_size)
     student = make_student(teacher, config.prediction)
     halving = copy.deepcopy(student).requires_grad_(False)  # the teacher of the stage

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common.datasets import ASSETS, Stream, fingerprint, load_dataset, locked, to_float
+from common.datasets import ASSETS, Stream, evenly, fingerprint, load_dataset, locked, to_float
 from common.training import DATASETS, UsageError, cache_dir, cli, load_checkpoint, option, parse_config, pick_device, save_checkpoint
 
 # Chosen here: the width gives features of dimension 4 * width, few enough for a covariance of full rank from 1,000 images.
@@ -99,7 +99,7 @@ def accuracy(classifier, dataset):
 def _with_labels(dataset):
     """A set without labels gets the task of telling the four quarter turns apart (RotNet, arXiv:1803.07728); 50,000 images will do."""
     if dataset.num_classes == 0:
-        images = dataset.images[:50_000].to(dataset.device)
+        images = evenly(dataset.images, 50_000).to(dataset.device)
         dataset.labels = torch.arange(4, device=dataset.device).repeat_interleave(len(images))
         dataset.images, dataset.num_classes, dataset.ahead = torch.cat([images.rot90(k, (2, 3)) for k in range(4)]), 4, False
     return dataset

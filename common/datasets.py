@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common.training import DATASETS, UsageError, atomic_write, cache_dir
 
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet64": (3, 64, 64)}
 ASSETS = Path(__file__).parent / "assets"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 BATCHES = {"train": [f"train_data_batch_{i}" for i in range(1, 11)], "test": ["val_data"]}  # the files of downsampled ImageNet
@@ -58,9 +59,10 @@ def load_dataset(name, split="train", data_dir=None, device="cpu"):
     """Read one split ("train" | "test") of one of DATASETS onto `device`; on a GPU, only what fits into half of its free memory.
 
     `data_dir`, for `folder` and `imagenet64`: a folder of images, a zip of EDM's dataset_tool, or a folder with the batches (pickles or
-    npz) of downsampled ImageNet (Chrabaszcz et al. 2017, arXiv:1707.08819). The latter are whole images resized by a box filter, EDM's
-    are centre crops: a FID against the reference of the other means nothing. For `mnist` and `cifar10`: where the original files lie or
-    are downloaded to (the cache by default). Raises UsageError where the data is missing, unreadable or of mixed shapes.
+    npz) of downsampled ImageNet (Chrabaszcz et al. 2017, arXiv:1707.08819) and its list of classes, map_clsloc.txt. These are whole
+    images resized by a box filter, EDM's are centre crops: a FID against the reference of the other means nothing. For `mnist` and
+    `cifar10`: where the original files lie or are downloaded to (the cache by default). Raises UsageError where the data is missing,
+    unreadable or of mixed shapes.
     """
     device = torch.device(device)
     if name == "digits":
@@ -174,35 +176,60 @@ def _list_batches(path):
 
 def _stamp(path):
     """16 hex digits of the names, sizes and times of all files that a source consists of."""
-    files = [path] if path.is_file() else list(_list_batches(path).values())
-    files = files or [f"{path}/{n}" for n in [*_list_images(path)[0], "dataset.json"]]
+    batches = [] if path.is_file() else list(_list_batches(path).values())
+    if batches:
+        files = [*batches, path / "map_clsloc.txt"]
+    else:
+        files = [path] if path.is_file() else [f"{path}/{n}" for n in [*_list_images(path)[0], "dataset.json"]]
     stats = ((file, os.stat(file)) for file in files if os.path.exists(file))
     return hashlib.sha256("".join(f"{file}\n{s.st_size} {s.st_mtime_ns}\n" for file, s in stats).encode()).hexdigest()[:16]
 
 
 @functools.lru_cache
-def _summary(path, stamp):
-    """How many images (or bytes of batches to train on) a source has, and how many channels; looked up once as long as `stamp` holds."""
+def _count(path, stamp):
+    """How many images (or bytes of batches to train on) a source has; looked up once as long as `stamp` holds."""
     if batches := _list_batches(path):
-        return sum(file.stat().st_size for n, file in batches.items() if n in BATCHES["train"]), 3
+        return sum(file.stat().st_size for n, file in batches.items() if n in BATCHES["train"])
+    return len(_list_images(path)[0])
+
+
+@functools.lru_cache
+def _shape(path, stamp):
+    """The shape of the first image."""
+    if batches := _list_batches(path):
+        return _read_batch(next(iter(batches.values())))[0].shape[1:]
     names, opener = _list_images(path)
-    return len(names), len(_read_image(path, names[0], opener))
+    return _read_image(path, names[0], opener).shape
 
 
-def fingerprint(name, data_dir):
-    """"" for a data set that its name identifies; for `folder` and `imagenet64` "-" and 8 hex digits of the place and the image count."""
+def fingerprint(name, data_dir, exact=False):
+    """"" for a data set that its name identifies; for `folder` and `imagenet64` "-" and 8 hex digits of the place and the image count.
+
+    `exact`: and 16 more of the sizes and times of all files.
+    """
     if name not in ("folder", "imagenet64"):
         return ""
     path = _place(name, data_dir)
-    return "-" + hashlib.sha256(f"{path} {_summary(path, _stamp(path))[0]}".encode()).hexdigest()[:8]
+    stamp = _stamp(path)
+    return "-" + hashlib.sha256(f"{path} {_count(path, stamp)}".encode()).hexdigest()[:8] + (f"-{stamp}" if exact else "")
 
 
-def channels_of(name, data_dir):
-    """1 (grey) or 3 (RGB), from the name or from one image: nothing is loaded or downloaded."""
-    if name not in ("folder", "imagenet64"):
-        return 3 if name == "cifar10" else 1
+def shape_of(name, data_dir):
+    """(C, H, W) of one image, from the name or, for a `folder`, from its first image: nothing is loaded or downloaded."""
+    if name != "folder":
+        return SHAPES[name]
     path = _place(name, data_dir)
-    return _summary(path, _stamp(path))[1]
+    return _shape(path, _stamp(path))
+
+
+def is_downsampled(data_dir):
+    """Whether `data_dir` holds the batches of downsampled ImageNet."""
+    return data_dir is not None and bool(_list_batches(Path(data_dir)))
+
+
+def evenly(images, n):
+    """At most n of the images, evenly from all: folders lie class by class."""
+    return images[:: max(1, -(-len(images) // n))]
 
 
 def _from_disk(path, split):
@@ -257,11 +284,12 @@ def _folder(path, split):
     """A folder or zip of images: bytes of pixels, (name, pixels, labels) of each image, number of classes, split, the splits it serves.
 
     Labels: `dataset.json` ({"labels": [[file, class], ...] or null}, as EDM writes it) or else the first-level sub-folder.
-    If `train` and `test` are the first level, they are the splits; a split that has no folder is all the images.
+    If `train` and `test` or `val` are the first level, they are the splits; a split that has no folder is all the images.
     """
     names, opener = _list_images(path)
     tops = {n.split("/")[0] for n in names}
-    below = {n: n.split("/", 1)[1] if tops <= {"train", "test"} else n for n in names}  # the name below the level of the splits
+    own_parts = {"test" if top == "val" else top: top for top in sorted(tops)} if tops <= {"train", "test", "val"} else {}
+    below = {n: n.split("/", 1)[1] if own_parts else n for n in names}  # the name below the level of the splits
     try:
         with opener("dataset.json") as file:
             label_of = {n: int(label) for n, label in json.load(file)["labels"] or []}
@@ -275,11 +303,10 @@ def _folder(path, split):
         raise UsageError(f'--data-dir {path}: dataset.json is not {{"labels": [[file, class number], ...]}} ({error})') from None
     if classes and (unknown := [n for n in names if n not in label_of]):
         raise UsageError(f"--data-dir {path}: {unknown[0]} has no label in dataset.json")
-    own_parts = tops if tops <= {"train", "test"} else set()
     if split in own_parts:
-        names, serves = [n for n in names if n.startswith(split + "/")], [split]
+        names, serves = [n for n in names if n.startswith(own_parts[split] + "/")], [split]
     else:
-        split, serves = "all", sorted({"train", "test"} - own_parts)
+        split, serves = "all", sorted({"train", "test"} - own_parts.keys())
     parts = ((n, _read_image(path, n, opener)[None], [label_of.get(n, 0)]) for n in names)
     return len(names) * _read_image(path, names[0], opener).nbytes, parts, len(classes), split, serves
 
@@ -337,12 +364,26 @@ def _batches(path, split):
     there = _list_batches(path)
     if missing := [n for n in BATCHES[split] if n not in there]:
         raise UsageError(f"--data-dir {path}: {missing[0]} (or {missing[0]}.npz) is missing, which the {split} split needs")
-    files = [there[n] for n in BATCHES[split]]
-    return sum(file.stat().st_size for file in files), ((file.name, *_read_batch(file)) for file in files), 1000, split, [split]
+    files, number = [there[n] for n in BATCHES[split]], _class_numbers(path / "map_clsloc.txt")
+    parts = ((file.name, pixels, number[labels - 1].tolist()) for file in files for pixels, labels in [_read_batch(file)])
+    return sum(file.stat().st_size for file in files), parts, 1000, split, [split]
+
+
+def _class_numbers(path):
+    """Their class 1 ... 1000 -> everybody else's, EDM's too: the place of its WordNet id among all. Lines: "n02119789 1 kit_fox"."""
+    try:
+        words = [line.split() for line in path.read_text().splitlines()]
+        ids = [wordnet for _, wordnet in sorted((int(number), wordnet) for wordnet, number, *_ in words)]
+        if sorted(int(number) for _, number, *_ in words) != list(range(1, 1001)) or len(set(ids)) != 1000:
+            raise ValueError("not the classes 1 ... 1000")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--data-dir {path.parent}: {path.name} is missing or unreadable ({' '.join(str(error).split())}); it says which "
+                         "classes the numbers in the batches are and comes with github.com/PatrykChrabaszcz/Imagenet32_Scripts") from None
+    return np.argsort(np.argsort(ids))
 
 
 def _read_batch(file):
-    """Pixels (N, 3, k, k) and labels 0 ... 999 (there 1 ... 1000) of one file, a pickle or an npz; nothing in it is executed."""
+    """Pixels (N, 3, k, k) and labels 1 ... 1000 (N,) of one file, a pickle or an npz; nothing in it is executed."""
     try:
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as batch:
@@ -359,7 +400,7 @@ def _read_batch(file):
     except Exception as error:  # a foreign or damaged file raises anything
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(f"--data-dir {file}: not a readable batch of downsampled ImageNet ({said}); nothing in it was run") from None
-    return pixels.reshape(-1, 3, k, k), (labels - 1).tolist()
+    return pixels.reshape(-1, 3, k, k), labels
 
 
 # ------------------------------------------------------------------------------------------------------------------- the stream

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.classifier import load_classifier
-from common.datasets import channels_of, fingerprint, load_dataset, locked, to_float, to_uint8
+from common.datasets import evenly, fingerprint, is_downsampled, load_dataset, locked, shape_of, to_float, to_uint8
 from common.training import (UsageError, atomic_write, cache_dir, download, gather_rows, noise_from_seeds, rank_and_world, share_of,
                              sum_over_ranks)
 
@@ -161,10 +161,13 @@ def feature_extractor(dataset_name, device, inception=None, data_dir=None, steps
     `inception`: path of the weights; without it the cache is looked into, and for cifar10 and imagenet64 they are downloaded.
     `steps` shortens the training of a classifier (a smoke test).
     """
-    if channels_of(dataset_name, data_dir) == 3:
+    if shape_of(dataset_name, data_dir)[0] == 3:
         weights = _inception_weights(inception, fetch=dataset_name in ("cifar10", "imagenet64"))
         if weights is not None:
-            net = Inception(weights).to(device)
+            try:
+                net = Inception(weights).to(device)
+            except (RuntimeError, TypeError, KeyError, AttributeError):
+                raise UsageError(f"--inception {inception}: not the weights of FID's Inception; right is {INCEPTION_URL}") from None
             return FeatureExtractor("inception", _digest(net), 2048, device, net, net.logits)
     elif inception is not None:
         raise UsageError(f"--inception {inception}: Inception sees colour images only, and {dataset_name} is grey; leave it out")
@@ -201,7 +204,8 @@ def features_of(images, extractor, batch_size=250):
 
 def reference_moments(dataset_name, extractor, data_dir=None, split="train", device="cpu"):
     """mu (D,), cov (D, D), n of the real images of a split; computed once (with the images on `device`), then read from the cache."""
-    path = cache_dir() / f"moments-{dataset_name}{fingerprint(dataset_name, data_dir)}-{split}-{extractor.name}-{extractor.digest}.npz"
+    images = f"{dataset_name}{fingerprint(dataset_name, data_dir, exact=True)}-{split}"
+    path = cache_dir() / f"moments-{images}-{extractor.name}-{extractor.digest}.npz"
     with locked(path):
         try:
             with np.load(path) as file:
@@ -227,7 +231,7 @@ def load_moments(path, extractor):
             mu, cov = file["mu"], file["sigma"]
     except Exception as error:  # as above
         raise UsageError(f"--reference {path}: not an .npz with `mu` and `sigma` ({type(error).__name__})") from None
-    if cov.shape != (extractor.dim, extractor.dim):
+    if (mu.shape, cov.shape) != ((extractor.dim,), (extractor.dim, extractor.dim)):
         raise UsageError(f"--reference {path}: moments of {len(mu)} features, {extractor.name} has {extractor.dim}")
     return mu, cov
 
@@ -268,6 +272,7 @@ class Judge:
     """Feature extractors and the moments of the real images in their spaces: the FID columns of every row of metrics.json."""
     extractor: FeatureExtractor
     reference: tuple
+    against: str = "train"  # what the reference is made of: "train" images, "edm", or the path of an .npz
     unseen: "Judge | None" = None  # the same in a second space, for methods whose loss looks at features
     real: torch.Tensor | None = None  # features of the real images (M, D), for precision and recall
 
@@ -307,13 +312,14 @@ class Score:
             self.tenths.index_add_(0, torch.arange(first, first + len(x0), device=space.device) * 10 // self.n, sums)
 
     def row(self):
-        """`fid`, `fid_features`, `fid_n`, with a second space also `fid_unseen` and `fid_unseen_features`; of all ranks together.
+        """`fid`, `fid_features`, `fid_reference`, `fid_n`; with a second space also `fid_unseen` and `fid_unseen_features`; of all ranks.
 
         By Inception also `inception_score`, mean and deviation of ten parts of the images (Salimans et al. 2016, arXiv:1606.03498).
         Precision and recall, if asked for, are those of the second space, if there is one.
         """
         judge, moments = self.judge, self.moments.of_all_ranks()
-        row = {"fid": frechet_distance(*moments.mean_cov(), *judge.reference[:2]), "fid_features": judge.extractor.name, "fid_n": moments.n}
+        row = {"fid": frechet_distance(*moments.mean_cov(), *judge.reference[:2]), "fid_features": judge.extractor.name,
+               "fid_reference": judge.against, "fid_n": moments.n}
         if self.unseen:
             second = self.unseen.row()
             row.update(fid_unseen=second["fid"], fid_unseen_features=second["fid_features"])
@@ -334,20 +340,26 @@ def make_judge(config, device, unseen=False):
     """The Judge of a script's Options. Make it before any long work: data or weights that cannot be had are found out here.
 
     `unseen`: where a classifier judges, measure also with one of another seed, whose features no loss has seen (nor Inception's).
-    Precision and recall are against at most 50,000 training images.
+    Precision and recall are against at most 50,000 training images, taken evenly from all.
     """
     name, data_dir, steps = config.dataset, config.data_dir, 5 if config.smoke else None
     extractor = feature_extractor(name, device, config.inception, data_dir, steps)
-    path = config.reference
-    if path is None and extractor.name == "inception" and name in EDM_REFERENCES:
-        path = edm_reference(name)
-    judge = Judge(extractor, reference_moments(name, extractor, data_dir) if path in (None, "train") else load_moments(path, extractor))
+    digests = gather_rows(torch.tensor([int(extractor.digest, 16)])) if rank_and_world()[1] > 1 else ()
+    if len(set(map(int, digests))) > 1:
+        raise UsageError("the ranks judge with different networks: let FEWSTEP_CACHE be a folder that all of them see")
+    against = path = config.reference
+    if path is None and extractor.name == "inception" and name in EDM_REFERENCES and not is_downsampled(data_dir):
+        against, path = "edm", edm_reference(name)
+    if path in (None, "train"):
+        judge = Judge(extractor, reference_moments(name, extractor, data_dir))
+    else:
+        judge = Judge(extractor, load_moments(path, extractor), against)
     if unseen and extractor.name != "inception":
         other = classifier_features(name, device, data_dir, steps, seed=1)
         judge.unseen = Judge(other, reference_moments(name, other, data_dir))
     if config.recall:
         last = judge.unseen or judge
-        last.real = features_of(load_dataset(name, "train", data_dir).images[:50_000], last.extractor)
+        last.real = features_of(evenly(load_dataset(name, "train", data_dir).images, 50_000), last.extractor)
     return judge
 
 
@@ -388,4 +400,5 @@ def measure(samplers, config, shape, device, judge=None, label_dim=0, truth=Fals
     rows = [{"name": name, "nfe": nfe, **(scores[label].row() if judge else {})} for label, (name, nfe, _) in samplers.items()]
     for row, error in zip(rows, rmse):
         row["rmse_to_teacher"] = error
-    return rows, {label: torch.cat(parts)[:16] for label, parts in pictures.items()}
+    nothing = torch.zeros(0, *shape, dtype=torch.uint8)  # on a rank without images
+    return rows, {label: torch.cat([nothing, *parts])[:16] for label, parts in pictures.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from common import unet
-from common.datasets import Stream, fingerprint, load_dataset, locked
+from common.datasets import Stream, fingerprint, load_dataset, locked, shape_of
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.edm_pickle import NAMES, PUBLIC, read_edm_pickle
 from common.fid import make_judge, measure
@@ -29,7 +29,6 @@ from common.training import (SCORES, Run, TrainingOptions, UsageError, accumulat
 ARCHS = {"ddpmpp": unet.ddpmpp, "ncsnpp": unet.ncsnpp, "adm": unet.adm}
 SHIPPED = {"digits": Path(__file__).parent / "assets" / "digits-teacher.pt"}
 DEFAULT = {"cifar10": "edm-cifar10-32x32-uncond-vp", "imagenet64": "edm-imagenet-64x64-cond-adm"}  # where none was trained here
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet64": (3, 64, 64)}
 
 
 # --------------------------------------------------------------------------------------------------------------- reading and writing
@@ -82,8 +81,9 @@ def read_edm(spec):
             raise UsageError(f"--teacher {spec}: {path} is no longer the file that was downloaded ({record.name}); delete it")
         converted = cache_dir() / f"{path.stem}-{found['sha256'][:8]}.pt"
         if not converted.exists():
-            state = read_edm_pickle(path)
-            save_teacher(converted, _denoiser(state, path), state["arch"], state["kwargs"], dataset=None)
+            with torch.random.fork_rng([]):  # a network's first weights are drawn, but on this rank and this time alone
+                state = read_edm_pickle(path)
+                save_teacher(converted, _denoiser(state, path), state["arch"], state["kwargs"], dataset=None)
     return read_teacher(converted)
 
 
@@ -107,9 +107,15 @@ def load_teacher(spec, dataset, device, data_dir=None):
             raise UsageError(f"--teacher: no teacher for {dataset} yet (looked for {trained}); train one with "
                              f"`python -m common.teacher --dataset {dataset}{where}`, or give --teacher PATH")
     denoiser = read_edm(spec) if spec in NAMES or "://" in str(spec) or str(spec).endswith(".pkl") else read_teacher(spec)
-    right = SHAPES.get(dataset, denoiser.net.img_shape)
+    right = tuple(shape_of(dataset, data_dir)) if dataset != "folder" or data_dir else denoiser.net.img_shape
     require(denoiser.net.img_shape == right, "teacher", spec, f"makes images of {denoiser.net.img_shape}, {dataset} has {right}")
     return denoiser.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def check_classes(config, teacher, data):
+    """UsageError unless a teacher's labels are the data set's."""
+    require(teacher.net.label_dim in (0, data.num_classes), "teacher", config.teacher,
+            f"has {teacher.net.label_dim} classes, the data {data.num_classes}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------- training
@@ -133,6 +139,7 @@ class NetworkOptions(TrainingOptions):
 
 def new_network(config, data, **changes):
     """A U-Net as NetworkOptions say, for a Dataset, and the arguments it was made with; `changes` come first. Raises UsageError."""
+    require(not config.conditional or data.num_classes, "conditional", config.conditional, f"{config.dataset} has no classes here")
     kwargs = dict(img_resolution=data.resolution, img_channels=data.channels, label_dim=data.num_classes if config.conditional else 0,
                   model_channels=config.model_channels, channel_mult=list(config.channel_mult), num_blocks=config.num_blocks,
                   attn_resolutions=list(config.attn_resolutions), dropout=config.dropout) | changes

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -37,15 +38,18 @@ def cli(main):
     """Run `main()` as a program: `UsageError` -> one line on stderr and exit code 2; Ctrl-C outside a training loop -> 130."""
     try:
         main()
+        if dist.is_initialized():  # not after an error: that waits for the other ranks, which may be waiting for this one
+            dist.destroy_process_group()
     except UsageError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {str(error).splitlines()[0]} Try a smaller --eval-batch or, where there is one, "
+              "--batch-per-gpu or --checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------- options
@@ -125,9 +129,10 @@ def fill_from_presets(config, presets, smoke):
     for name, value in values.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    for name in ("eval_n", "eval_batch", "batch_per_gpu"):
+    least = 4 if getattr(config, "recall", False) else 2  # every image needs 3 neighbours; a covariance needs 2
+    for name, low in ("eval_n", least), ("eval_batch", 1), ("batch_per_gpu", 1):
         value = getattr(config, name, None)
-        require(value is None or value > 0, name, value, "must be above 0")
+        require(value is None or value >= low, name, value, f"must be at least {low}")
 
 
 def require(condition, option_name, value, right):
@@ -151,16 +156,16 @@ def pick_device(name="auto"):
         why = "as asked, "
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if device.index is None else device
+            torch.cuda.set_device(device)
         torch.empty(1, device=device, dtype=torch.float64)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise UsageError(f"--device {name}: not available here ({str(error).splitlines()[0]}); try --device cpu") from None
     if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        half = torch.cuda.is_bf16_supported()
+        half = torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "float32; networks train under bfloat16 autocast" if half else "float32: this GPU has no bfloat16"
         return device, f"device {device} ({why}{torch.cuda.get_device_name(device)}), {precision}"
     return device, f"device {device} ({why}{torch.get_num_threads()} threads), float32: bfloat16 measured slower than float32 on CPUs"
@@ -168,7 +173,7 @@ def pick_device(name="auto"):
 
 def autocast(device):
     """bfloat16 autocast where the GPU has it, nothing elsewhere."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -194,9 +199,9 @@ def rank_and_world(device=None):
 
 
 def share_of(n):
-    """The slice of 0 ... n - 1 that is this rank's; sizes differ by at most 1."""
+    """The slice of 0 ... n - 1 that is this rank's; sizes differ by at most 1, the first ranks have the larger ones."""
     rank, world = rank_and_world()
-    return slice(n * rank // world, n * (rank + 1) // world)
+    return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
 
 
 def sum_over_ranks(tensor):
@@ -245,12 +250,25 @@ def accumulate(loss_of, batch, at_most=None, **backward):
     batch: tensors (B, ...) or None; loss_of(*the same for some rows) -> the mean over these. `backward`: what Tensor.backward is given.
     """
     rows, total = len(batch[0]), 0
-    for start in range(0, rows, at_most or rows):
-        part = [None if tensor is None else tensor[start:start + (at_most or rows)] for tensor in batch]
-        loss = loss_of(*part) * (len(part[0]) / rows)
-        loss.backward(**backward)
-        total = total + loss.detach()
+    with _draws_of_its_own(batch[0].device):
+        for start in range(0, rows, at_most or rows):
+            part = [None if tensor is None else tensor[start:start + (at_most or rows)] for tensor in batch]
+            loss = loss_of(*part) * (len(part[0]) / rows)
+            loss.backward(**backward)
+            total = total + loss.detach()
     return total
+
+
+@contextlib.contextmanager
+def _draws_of_its_own(device):
+    """Dropout masks that differ from rank to rank; afterwards the generators are where they were, together on all ranks."""
+    rank, world = rank_and_world()
+    if world == 1:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
+        yield
 
 
 # --------------------------------------------------------------------------------------------------------------------------- EMA
@@ -376,8 +394,9 @@ class Run:
         self.restored = self._restored() if config.resume else None
         self.log_mode = "a" if config.resume else "w"  # a new run's first line replaces an old log, not sooner
         self.earlier_seconds = self.restored["seconds"] if self.restored else 0.0
-        for part in self.out.glob("*.part"):  # left by a run that was killed
-            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
+        for part in self.out.glob("*.part"):  # left by a run that was killed, under the names that we give
+            if re.fullmatch(r".+\.(pt|json|png)\.\d+\.part|states-\w+\.part", part.name):
+                shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
         self.wait()  # no rank may write a new checkpoint while another still reads the old one
         torch.manual_seed(config.seed)  # all draws come from the global generators; ranks share them and take their rows
         self.start = time.perf_counter()
@@ -425,8 +444,9 @@ class Run:
         """The number of steps already done. Under --resume every part and the random generators get back their saved state."""
         if not self.restored:
             return 0
+        saved = self.restored.pop("parts")  # not to be kept in memory
         for name, part in parts.items():
-            part.load_state_dict(self.restored["parts"][name])
+            part.load_state_dict(saved[name])
         torch.set_rng_state(self.restored["rng"]["cpu"])
         if "cuda" in self.restored["rng"] and self.device.type == "cuda":
             torch.cuda.set_rng_state(self.restored["rng"]["cuda"])
@@ -445,20 +465,22 @@ class Run:
     def steps(self, first, last, parts, what="training"):
         """Yield first, ..., last - 1 behind a progress bar; `run.loss` (a tensor, set in the loop) is shown about once a second.
 
-        Between steps it saves `parts` (name -> anything with a state_dict) every `checkpoint_seconds`, and at the end. SIGINT or SIGTERM
+        Between steps it saves `parts` (name -> anything with a state_dict) every `checkpoint_seconds` (less often if that would take more
+        than a twentieth of the time), and at the end. SIGINT or SIGTERM
         lets the step finish, saves and exits with code 130; whichever rank gets it, all stop after the same step. A loss (the mean over
         the ranks) that is not finite stops the run. The loss is read only when shown, so the device never waits.
         """
         stop = []
         handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=last, initial=first, desc=what, disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
-        self.loss, shown, saved = None, time.perf_counter(), time.perf_counter()
+        self.loss, shown, saved, cost = None, time.perf_counter(), time.perf_counter(), 0
         try:
             for step in range(first, last):
                 yield step
                 bar.update()
                 now = time.perf_counter()
-                due = now - saved > self.checkpoint_seconds or step == last - 1
+                pause = self.checkpoint_seconds and max(self.checkpoint_seconds, 20 * cost)
+                due = self.rank == 0 and now - saved > pause or step == last - 1
                 stopping, due, looking = self._agree(bool(stop), due, now - shown > 1 or step == first)
                 due |= stopping
                 if self.loss is not None and (due or looking):  # looked at before every save
@@ -469,7 +491,8 @@ class Run:
                         raise UsageError(f"{what}: the loss is {loss} at step {step}; the last checkpoint is kept, try a smaller --lr")
                 if due:
                     self.save(step + 1, parts)
-                    saved = now
+                    saved = time.perf_counter()
+                    cost = saved - now
                 if stopping:
                     self.say(f"\nstopped after step {step + 1} of {last}; the same command with --resume goes on from here")
                     sys.exit(130)
@@ -512,7 +535,7 @@ def table(results, columns):
     columns, heads = [c for c in columns if any(r.get(c) is not None for r in results)], []
     for column in columns:
         first = next((r for r in results if r.get(column) is not None), {})
-        space = first.get(f"{column}_features")
+        space = first.get("precision_recall_features" if column in ("precision", "recall") else f"{column}_features")
         heads.append(f"{column} [{space}, n={first['fid_n']}]" if space else column)
     cells = [["not run" if r.get(c) is None else f"{r[c]:.4g}" if isinstance(r[c], float) else str(r[c]) for c in columns] for r in results]
     widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(columns))]

@@ -13,5 +13,6 @@ def _offline(url, timeout):
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_machine(tmp_path_factory):
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start
     os.environ["FEWSTEP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     urllib.request.urlopen = _offline

@@ -224,6 +224,16 @@ def test_with_pd_both_are_measured(monkeypatch, tmp_path, tiny):  # noqa: F811
     assert fid["pd", 1] != fid["cfd", 1]
 
 
+@pytest.mark.parametrize("prediction, other, said", [("v", False, "v-predicting student, not a teacher"), ("edm", True, "another teacher")])
+def test_pd_of_another_kind_is_refused(monkeypatch, tmp_path, tiny, capsys, prediction, other, said):  # noqa: F811
+    """A network that predicts v, taken for a denoiser, would run without complaint."""
+    progressive.train(progressive.Config(teacher=tiny, from_steps=4, updates=1, batch_size=4, out=str(tmp_path / "pd"), device="cpu",
+                                         prediction=prediction))
+    with pytest.raises(UsageError, match=f"student-2.pt.*{said}"):
+        run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "cfd", "--pd", tmp_path / "pd",
+                 *(() if other else ("--teacher", tiny)))
+
+
 @pytest.mark.parametrize("arguments,names", [
     (["--from-steps", "24"], ["--from-steps 24", "power of 2"]),
     (["--cfd-from", "32"], ["--cfd-from 32", "8, 4, 2, 1"]),

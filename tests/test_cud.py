@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import cud
@@ -277,7 +278,7 @@ def test_every_budget_is_met_exactly(solver, walk, nfe):
         return velocity(z, t)
 
     try:
-        cud.Config(solver=solver, nfe=nfe, walk=walk)
+        cud.Config(solver=solver, nfe=nfe, walk=walk, distill_steps=0)
     except UsageError:
         assert solver in ("heun", "dpm2") and nfe % 2 == (walk != "t")
         return
@@ -458,6 +459,12 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_labels_need_classes(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(UsageError, match="--conditional True: folder has no classes here"):
+        cud.train(tiny(tmp_path / "run", dataset="folder", data_dir=str(tmp_path), conditional=True))
 
 
 def test_labels_reach_the_net_in_training_and_sampling(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def test_digits_name_their_source():
 
 
 def test_the_channels_are_known_without_loading():
-    assert [datasets.channels_of(name, None) for name in ("digits", "mnist", "cifar10")] == [1, 1, 3]
+    assert [datasets.shape_of(name, None)[0] for name in ("digits", "mnist", "cifar10", "imagenet64")] == [1, 1, 3, 3]
 
 
 def test_an_unknown_data_set_is_refused():
@@ -234,7 +234,7 @@ def test_a_zip_of_edm_carries_its_labels(tmp_path, name):
                 archive.writestr(file, data)
         data = load_dataset(name, "train", tmp_path / "set.zip")
         assert corners(data) == expected and data.num_classes == classes and data.name == name
-        assert datasets.channels_of(name, tmp_path / "set.zip") == 3
+        assert datasets.shape_of(name, tmp_path / "set.zip") == ((3, 64, 64) if name == "imagenet64" else data.images.shape[1:])
 
 
 @pytest.mark.parametrize("files, parts", [
@@ -275,15 +275,24 @@ def test_fingerprints_tell_folders_apart(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------- downsampled ImageNet
 
+ORDER = np.random.default_rng(7).permutation(1000)  # ORDER[k - 1]: the place of their class k among the sorted WordNet ids
+
+
 def imagenet(rows, k=4):
-    """Pixels (rows, 3, k, k) and labels 1 ... 1000, both ends among them."""
+    """Pixels (rows, 3, k, k) and labels 1 ... 1000, both ends among them, and the last of the sorted classes."""
     rng = np.random.default_rng(rows)
-    return rng.integers(0, 256, (rows, 3, k, k), np.uint8), [1000, 1, *rng.integers(1, 1001, rows - 2).tolist()]
+    return rng.integers(0, 256, (rows, 3, k, k), np.uint8), [1000, 1, int(ORDER.argmax()) + 1, *rng.integers(1, 1001, rows - 3).tolist()]
+
+
+def write_classes(folder):
+    lines = [f"n{7 * place + 1440764:08d} {k} a_kind_of_cat" for k, place in enumerate(ORDER, 1)]
+    (folder / "map_clsloc.txt").write_text("\n".join([*lines[500:], *lines[:500]]) + "\n")
 
 
 def write_batches(folder, kind="4", n=23):
     """Ten batches to train on and val_data, as npz or in a protocol of pickle; 'np' labels are numpy's numbers."""
     folder.mkdir(exist_ok=True)
+    write_classes(folder)
     for names, rows in ((datasets.BATCHES["train"], n), (datasets.BATCHES["test"], 5)):
         pixels, labels = imagenet(rows)
         for name, part in zip(names, np.array_split(np.arange(rows), len(names))):
@@ -300,7 +309,7 @@ def write_images(place, packed):
     """The same images as PNGs, in the layout of EDM's dataset_tool."""
     pixels, labels = imagenet(23)
     files = {f"00000/img{i:08d}.png": png(image.transpose(1, 2, 0)) for i, image in enumerate(pixels)}
-    files["dataset.json"] = json.dumps({"labels": [[f, label - 1] for f, label in zip(files, labels)]}).encode()
+    files["dataset.json"] = json.dumps({"labels": [[f, int(ORDER[label - 1])] for f, label in zip(files, labels)]}).encode()
     if not packed:
         write(place, files)
         return place
@@ -329,7 +338,7 @@ def mapped(monkeypatch):
 
 def is_imagenet(data, rows=23):
     pixels, labels = imagenet(rows)
-    return (np.array_equal(data.images.numpy(), pixels) and data.labels.tolist() == [label - 1 for label in labels]
+    return (np.array_equal(data.images.numpy(), pixels) and data.labels.tolist() == [ORDER[label - 1] for label in labels]
             and data.num_classes == 1000 and data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64)
 
 
@@ -342,7 +351,7 @@ def test_every_source_gives_the_same_pixels_and_labels(tmp_path, kind, large, re
         test = load_dataset("imagenet64", "test", source)
         assert (is_imagenet(test), test.split) == ((True, "all") if kind in ("folder", "zip") else (False, "test"))
         assert test.split == "all" or is_imagenet(test, 5)
-    assert datasets.channels_of("imagenet64", source) == 3 and not recwarn.list
+    assert datasets.shape_of("folder", source) == (3, 4, 4) and not recwarn.list
 
 
 def test_a_batch_written_by_python_2_is_read(tmp_path):
@@ -351,8 +360,44 @@ def test_a_batch_written_by_python_2_is_read(tmp_path):
                b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x18" + pixels +
                b"tbU\x06labels](K\x01M\xe8\x03eu.")
     (tmp_path / "val_data").write_bytes(content)
+    write_classes(tmp_path)
     data = load_dataset("imagenet64", "test", tmp_path)
-    assert bytes(data.images.numpy().ravel()) == pixels and data.labels.tolist() == [0, 999] and data.images.shape == (2, 3, 2, 2)
+    assert data.labels.tolist() == ORDER[[0, 999]].tolist()
+    assert bytes(data.images.numpy().ravel()) == pixels and data.images.shape == (2, 3, 2, 2)
+
+
+@pytest.mark.parametrize("text", [None, "n1 1 a", "n1 one a", "".join(f"n1 {k} a\n" for k in range(1, 1001)),
+                                  "".join(f"n{k} {k - 1} a\n" for k in range(1, 1001))])
+def test_batches_need_the_list_of_their_classes(tmp_path, text):
+    """Without it the numbers are other classes than everybody else's, and nothing else would tell."""
+    folder = write_batches(tmp_path / "set")
+    (folder / "map_clsloc.txt").unlink() if text is None else (folder / "map_clsloc.txt").write_text(text)
+    message = refused("imagenet64", data_dir=folder)
+    assert "map_clsloc.txt" in message and "Imagenet32_Scripts" in message
+
+
+def test_val_is_test(tmp_path):
+    write(tmp_path, {"train/a/1.png": png(pixels(1)), "train/b/2.png": png(pixels(2)), "val/a/3.png": png(pixels(3)),
+                     "val/b/4.png": png(pixels(4))})
+    train, test = (load_dataset("folder", split, tmp_path) for split in ("train", "test"))
+    assert (train.split, test.split, train.num_classes, test.num_classes) == ("train", "test", 2, 2)
+    assert corners(train) == {1: 0, 2: 1} and corners(test) == {3: 0, 4: 1}
+
+
+def test_a_changed_folder_has_another_exact_fingerprint(tmp_path):
+    write(tmp_path, {"a.png": png(pixels(1)), "b.png": png(pixels(2))})
+    before = [fingerprint("folder", tmp_path, exact) for exact in (False, True)]
+    write(tmp_path, {"a.png": png(pixels(200, size=4))})
+    os.utime(tmp_path / "a.png", ns=(1, 1))
+    after = [fingerprint("folder", tmp_path, exact) for exact in (False, True)]
+    assert before[0] == after[0] and before[1] != after[1] and before[1].startswith(before[0] + "-")
+
+
+def test_a_part_of_the_images_is_of_all_classes():
+    images = torch.arange(103)
+    assert datasets.evenly(images, 1000) is not None and torch.equal(datasets.evenly(images, 103), images)
+    part = datasets.evenly(images, 50)
+    assert 33 < len(part) <= 50 and part[0] == 0 and part[-1] >= 99 and part.diff().unique().tolist() == [3]
 
 
 class Evil:

@@ -373,6 +373,22 @@ def test_what_is_frozen_stays_and_costs_nothing(tmp_path, level, monkeypatch):
     assert (frozen == 0) == (level == "none")
 
 
+def test_parts_of_a_batch_train_as_the_whole(tmp_path):
+    """Spectral norm iterates with every forward pass in training mode; the parts of a batch must not make it iterate more often."""
+    trained = [gdd.train(tiny_config(tmp_path / str(parts), images=160, batch_per_gpu=parts, eval_n=4), teacher=tiny_teacher())
+               for parts in (None, 4, 3)]
+    for parts in (None, 4):  # so slowly that the weights stay: then the iterations alone move what is compared
+        slow = tiny_config(tmp_path / f"slow {parts}", images=16, batch_per_gpu=parts, eval_n=4, lr=1e-12, lr_d=1e-12)
+        gdd.train(slow, teacher=tiny_teacher())
+    states = [load_checkpoint(tmp_path / f"slow {parts}" / "checkpoint.pt")["parts"]["discriminator"] for parts in (None, 4)]
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(*(state.values() for state in states)))
+    (whole, history), *others = trained
+    for ema, other in others:
+        torch.testing.assert_close(other.losses, history.losses, rtol=2e-3, atol=2e-3)
+        for (name, a), b in zip(whole.state_dict().items(), ema.state_dict().values()):
+            assert (a - b).abs().max() < 2e-3, name
+
+
 def test_random_start_has_nothing_of_the_teacher():
     teacher = tiny_teacher()
     pretrained, random = gdd.make_generator(teacher), gdd.make_generator(teacher, init="random")
@@ -558,6 +574,7 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys, freeze, name
     (["--r1-every", "0"], ["--r1-every 0"]),
     (["--ema-images", "0"], ["--ema-images 0"]),
     (["--sigma-max", "0"], ["--sigma-max 0"]),
+    (["--sigma-max", "0.001"], ["--sigma-max 0.001"]),
     (["--nfe", "5", "0"], ["--nfe", "0"]),
     (["--eval-n", "3"], ["--eval-n 3"]),
     (["--eval-batch", "0"], ["--eval-batch 0"]),

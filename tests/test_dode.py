@@ -438,6 +438,21 @@ open(sys.argv[1] + f"/rank{{run.rank}}.json", "w").write(json.dumps([entry["lamb
 """
 
 
+def test_every_rank_gets_its_share_of_the_presets_one_batch(toy, tmp_path, monkeypatch):
+    config = dode.Config(fit_n=6, fit_batch=6, nfe=(2,), solver=("ddim",), reference_nfe=4, device="cpu", out=str(tmp_path))
+    sizes = []
+
+    def fit_lambdas(student, teacher, targets, batches, *_):
+        sizes.append([len(batch) for batch in batches])
+        return [0.0] * len(student), 0.0
+
+    monkeypatch.setattr(dode, "fit_lambdas", fit_lambdas)
+    for rank in range(4):
+        monkeypatch.setattr(dode, "share_of", lambda n, rank=rank: slice(n * rank // 4, n * (rank + 1) // 4))
+        dode.fit(config, Run("dode", config), toy)
+    assert sizes == [[1], [2], [1], [2]]
+
+
 @pytest.mark.slow
 def test_two_ranks_fit_as_one(toy, tmp_path):
     (tmp_path / "script.py").write_text(RANKS.format(root=str(ROOT)))

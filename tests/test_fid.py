@@ -175,6 +175,9 @@ def test_given_inception_weights_are_used(tmp_path, small):
     (tmp_path / "weights.pth").write_text("")
     with pytest.raises(UsageError, match="--inception .*weights.pth.*not readable"):
         feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
+    torch.save({"fc.weight": torch.ones(3)}, tmp_path / "weights.pth")  # another network's
+    with pytest.raises(UsageError, match="--inception .*weights.pth: not the weights of FID's Inception"):
+        feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     with pytest.raises(UsageError, match="--inception .*colour images only"):
         feature_extractor("digits", "cpu", tmp_path / "weights.pth")
 
@@ -239,6 +242,9 @@ def test_moments_of_edm_are_read(tmp_path):
     found = load_moments(tmp_path / "ref.npz", extractor)
     assert np.array_equal(found[0], mu) and np.array_equal(found[1], cov)
     np.savez(tmp_path / "wrong.npz", mu=mu)
+    np.savez(tmp_path / "short.npz", mu=mu[1:], sigma=cov)
+    with pytest.raises(UsageError, match="short.npz.* features"):
+        load_moments(tmp_path / "short.npz", extractor)
     for name in ("wrong.npz", "none.npz"):
         with pytest.raises(UsageError, match=f"{name}.*`mu` and `sigma`"):
             load_moments(tmp_path / name, extractor)
@@ -288,6 +294,15 @@ def test_rows_are_those_of_all_images_and_of_the_first_sampler_as_truth():
     assert "rmse_to_teacher" not in measure(samplers, settings(70), (1, 8, 8), "cpu", judge)[0][1]
 
 
+def test_recall_is_against_images_of_all_classes(monkeypatch):
+    images = torch.arange(120_000).view(-1, 1, 1, 1)
+    monkeypatch.setattr(fid, "feature_extractor", lambda *a: fid.FeatureExtractor("x", "0", 1, "cpu", lambda batch: batch.flatten(1)))
+    monkeypatch.setattr(fid, "reference_moments", lambda *a: ())
+    monkeypatch.setattr(fid, "load_dataset", lambda *a: SimpleNamespace(images=images))
+    real = make_judge(Options(recall=True), "cpu").real
+    assert 30_000 < len(real) <= 50_000 and real.min() < 3 and real.max() > 119_990
+
+
 def test_sampling_keeps_no_graph_and_refuses_what_is_not_finite():
     scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
     third = noise_from_seeds([3], (1, 2, 2))[:, :1, :1, :1]
@@ -333,17 +348,22 @@ def test_edms_moments_are_the_reference_where_inception_judges(small, tmp_path, 
     monkeypatch.setattr(fid, "load_moments", lambda path, extractor: ("read", path))
     monkeypatch.setattr(fid, "download", lambda url, path, what: (path, url))
     assert make_judge(config, "cpu", unseen=True).unseen is None  # Inception's features, too, no loss has seen
-    assert make_judge(config, "cpu").reference == ("read", (cache / "edm-cifar10-32x32.npz", fid.EDM_REFERENCES["cifar10"]))
+    judge = make_judge(config, "cpu")
+    assert (judge.reference, judge.against) == (("read", (cache / "edm-cifar10-32x32.npz", fid.EDM_REFERENCES["cifar10"])), "edm")
     config.reference = "train"
-    assert make_judge(config, "cpu").reference == ("own",)
+    assert (make_judge(config, "cpu").reference, make_judge(config, "cpu").against) == (("own",), "train")
     config.reference = "my.npz"
-    assert make_judge(config, "cpu").reference == ("read", "my.npz")
+    assert (make_judge(config, "cpu").reference, make_judge(config, "cpu").against) == (("read", "my.npz"), "my.npz")
+    batches = Options("imagenet64", data_dir=str(tmp_path), inception=config.inception)
+    assert make_judge(batches, "cpu").against == "edm"
+    (tmp_path / "val_data").write_text("")  # downsampled ImageNet: other images than EDM's
+    assert make_judge(batches, "cpu").against == "train"
 
     def fail(url, path, what):
         raise UsageError(f"{what}: no {url}")
     monkeypatch.setattr(fid, "download", fail)
     config.reference = None
-    assert make_judge(config, "cpu").reference == ("own",) and "those of the training images" in capsys.readouterr().out
+    assert make_judge(config, "cpu").against == "train" and "those of the training images" in capsys.readouterr().out
     monkeypatch.setattr(fid, "edm_reference", lambda name: "not for the classifier")
     monkeypatch.setattr(fid, "INCEPTION_FILE", "none")
     config.inception = None

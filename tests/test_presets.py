@@ -58,7 +58,7 @@ def test_a_preset_is_what_the_paper_did(script, dataset):
     config = importlib.import_module(script).Config(dataset=dataset)
     ours = {name: getattr(config, name) for name in PUBLISHED[script, dataset]}
     assert ours == PUBLISHED[script, dataset]
-    assert getattr(config, "eval_n", getattr(config, "fid_n", None)) == 50_000  # the FID of all these papers
+    assert config.eval_n == 50_000  # the FID of all these papers
     if script == "common.teacher":
         images, warm_up = {"cifar10": (200e6, 10e6), "imagenet64": (2500e6, 10e6)}[dataset]
         assert config.steps * config.batch_size == pytest.approx(images, rel=0.03)
@@ -172,7 +172,7 @@ def test_a_preset_runs_from_end_to_end(script, dataset, places, teachers, tmp_pa
     assert {row["name"] for row in rows} == ROWS[script] and metrics["dataset"] == dataset
     for row in rows:
         assert row["fid"] > 0 and all(math.isfinite(value) for value in row.values() if isinstance(value, (int, float))), row
-        assert row["fid_features"].startswith(f"{dataset}-classifier") and row["fid_n"] == recorded.get("eval_n", recorded.get("fid_n"))
+        assert row["fid_features"].startswith(f"{dataset}-classifier") and row["fid_n"] == recorded["eval_n"]
     for name in ["samples.png", *(name for name in FILES[script] if name.endswith(".png"))]:
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 30 and len(picture.convert("RGB").getcolors(2**24)) > 10, name

@@ -432,6 +432,7 @@ def test_a_network_in_another_form_is_no_teacher(monkeypatch, tmp_path, tiny):
     (["--lr", "-1"], ["--lr -1"]),
     (["--ema", "1"], ["--ema 1"]),
     (["--sigma-max", "0"], ["--sigma-max 0"]),
+    (["--sigma-max", "0.4"], ["--sigma-max 0.4", "--nfe are the same"]),
     (["--prediction", "score"], ["prediction", "score"]),
     (["--weight", "none"], ["weight", "none"]),
     (["--teacher", "FOREIGN"], ["foreign.pt"]),

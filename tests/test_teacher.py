@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common import teacher
 from common.diffusion import Denoiser, GaussianMixture, sigma_grid
@@ -122,6 +124,30 @@ def test_shipped_teacher_makes_digits():
     distance = torch.cdist(x.flatten(1), (data.images.double() / 127.5 - 1).flatten(1)).min(1).values.mean()
     random = torch.cdist(x0.flatten(1)[:64], (data.images.double() / 127.5 - 1).flatten(1)).min(1).values.mean()
     assert 0.3 * random < distance < 1.2 * random  # as far from the training digits as unseen digits are: neither noise nor copies
+
+
+def test_a_teacher_must_fit_the_images_of_a_folder(tmp_path):
+    for size in (8, 16):
+        (tmp_path / str(size)).mkdir()
+        Image.fromarray(np.zeros((size, size), np.uint8)).save(tmp_path / str(size) / "a.png")
+    shipped = str(teacher.SHIPPED["digits"])
+    assert teacher.load_teacher(shipped, "folder", torch.device("cpu"), str(tmp_path / "8")).net.img_shape == (1, 8, 8)
+    with pytest.raises(UsageError, match=r"--teacher .*makes images of \(1, 8, 8\), folder has \(1, 16, 16\)"):
+        teacher.load_teacher(shipped, "folder", torch.device("cpu"), str(tmp_path / "16"))
+
+
+def test_converting_a_public_teacher_draws_nothing(tmp_path, monkeypatch):
+    """One rank converts, the others find it done: afterwards all draw the same."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    state = load_checkpoint(teacher.SHIPPED["digits"])
+    monkeypatch.setattr(teacher, "read_edm_pickle", lambda path: state)
+    (tmp_path / "x.pkl").write_bytes(b"x")
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        teacher.read_edm(str(tmp_path / "x.pkl"))
+        draws.append(torch.rand(()))
+    assert draws[0] == draws[1]
 
 
 @pytest.mark.slow

@@ -475,6 +475,33 @@ def test_resume_refuses_what_does_not_fit(tmp_path):
         train(tmp_path, resume=True, seed=1, widths=(8, 16))
 
 
+def test_only_what_a_run_left_half_written_is_swept(tmp_path):
+    left = ["checkpoint.pt.12.part", "metrics.json.3.part", "samples.png.456.part", "states-abc_1.part/0"]
+    mine = ["movie.mkv.part", "photos.part/a.jpg", "student.part", "a.2024.part"]
+    for name in (*left, *mine):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    make(tmp_path)
+    assert not any((tmp_path / name).exists() for name in left) and all((tmp_path / name).exists() for name in mine)
+
+
+def test_a_restored_run_does_not_keep_the_checkpoint_in_memory(tmp_path):
+    train(tmp_path, interrupt=2)
+    run = make(tmp_path, resume=True)
+    assert "parts" in run.restored and run.restore({}) == 3 and "parts" not in run.restored
+
+
+def test_a_dear_checkpoint_is_made_seldom(tmp_path, monkeypatch):
+    """At most a twentieth of the time goes into them."""
+    clock, saves = [0.0], []
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    run = Run("method", Config(out=str(tmp_path)), checkpoint_seconds=10)
+    monkeypatch.setattr(run, "save", lambda step, parts: saves.append(step) or clock.__setitem__(0, clock[0] + 5))
+    for _ in run.steps(0, 400, {}):
+        clock[0] += 1
+    assert saves[:3] == [11, 112, 213] and saves[-1] == 400
+
+
 def test_a_run_may_go_on_in_other_parts_and_be_measured_otherwise(tmp_path):
     def options(**changed):
         return training.TrainingOptions(**{"out": str(tmp_path), "device": "cpu", "eval_n": 10, "eval_batch": 5, **changed})
@@ -559,6 +586,14 @@ def test_parts_of_a_batch_add_up_to_its_gradient(at_most):
     training.accumulate(loss_of, (x, y, None), at_most, inputs=[net.bias])
     torch.testing.assert_close(net.bias.grad, 2 * gradients[1])
     torch.testing.assert_close(net.weight.grad, gradients[0])  # was not asked for
+
+
+def test_too_few_images_to_judge_are_refused_at_once():
+    for options, least in ((dict(eval_n=1), 2), (dict(eval_n=3, recall=True), 4), (dict(eval_batch=0), 1), (dict(batch_per_gpu=0), 1)):
+        name, value = next(iter(options.items()))
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: must be at least {least}"):
+            training.fill_from_presets(training.TrainingOptions(**options), {"digits": {}}, {})
+    training.fill_from_presets(training.TrainingOptions(eval_n=3), {"digits": {}}, {})
 
 
 def test_whole_batches_are_not_rescaled():
