@@ -203,11 +203,11 @@ def _shape(path, stamp):
 
 
 def fingerprint(name, data_dir, exact=False):
-    """"" for a data set that its name identifies; for `folder` and `imagenet64` "-" and 8 hex digits of the place and the image count.
+    """"" for a data set that its name identifies; for a `folder`, or an `imagenet64`, "-" and 8 hex digits of its place and image count.
 
     `exact`: and 16 more of the sizes and times of all files.
     """
-    if name not in ("folder", "imagenet64"):
+    if name not in ("folder", "imagenet64") or (name == "imagenet64" and data_dir is None):
         return ""
     path = _place(name, data_dir)
     stamp = _stamp(path)

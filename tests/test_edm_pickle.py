@@ -310,6 +310,13 @@ def test_a_short_name_is_downloaded_once_and_checked_afterwards(cache, monkeypat
         load_teacher("edm-cifar10-32x32-uncond-vp", "cifar10", CPU)
 
 
+def test_imagenets_teacher_needs_no_images(cache, monkeypatch):
+    """`python ld3.py --dataset imagenet64`: the public teacher and, with Inception, EDM's moments are all that it takes."""
+    value, original = edm_object(resolution=64)
+    monkeypatch.setattr(urllib.request, "urlopen", Web(dump(value)))
+    assert load_teacher(None, "imagenet64", CPU).net.img_shape == (3, 64, 64)
+
+
 def test_any_address(cache, monkeypatch):
     value, original = edm_object(resolution=32)
     web = Web(dump(value))
