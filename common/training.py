@@ -4,6 +4,7 @@ The order of a run is always: parse and check every option (`UsageError` -> one 
 log), then the script's own flat loop over `run.steps(...)`, then `run.metrics(results)`.
 """
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import http.client
@@ -38,8 +39,7 @@ def cli(main):
     """Run `main()` as a program: `UsageError` -> one line on stderr and exit code 2; Ctrl-C outside a training loop -> 130."""
     try:
         main()
-        if dist.is_initialized():  # not after an error: that waits for the other ranks, which may be waiting for this one
-            dist.destroy_process_group()
+        leave_group()
     except UsageError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -195,7 +195,14 @@ def rank_and_world(device=None):
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if device.type != "cuda":  # also after an error; nccl would wait for the other ranks, which may be waiting for this one
+            atexit.register(leave_group)
     return dist.get_rank(), dist.get_world_size()
+
+
+def leave_group():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share_of(n):

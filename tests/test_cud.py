@@ -580,8 +580,9 @@ def test_few_steps_on_a_mixture_are_better_than_rectified_flows(rk):
             for i in range(1500):
                 x0 = mixture.sample(256, torch.Generator().manual_seed(1000 * seed + i)).float()
                 z1, t, u = torch.randn(256, 2), torch.rand(256), torch.rand(256)
-                loss = cud.catch_up_loss(net, x0, z1, t, u / 16, rk) if name == "cud" else cud.flow_loss(net, x0, z1, t)
-                learner.update(i, loss, 2e-3)
+                cud_loss = lambda x0, z1, t, u, net=net: cud.catch_up_loss(net, x0, z1, t, u / 16, rk)
+                flow_loss = lambda x0, z1, t, u, net=net: cud.flow_loss(net, x0, z1, t)
+                learner.update(i, cud_loss if name == "cud" else flow_loss, (x0, z1, t, u), 2e-3)
             with torch.no_grad():
                 x = cud.sample(cud.of_head(learner.ema), torch.randn(4000, 2, generator=torch.Generator().manual_seed(7)), nfe=4)
             found.append(sliced_wasserstein(x.float(), mixture.sample(4000, torch.Generator().manual_seed(8)).float()))

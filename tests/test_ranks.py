@@ -87,7 +87,7 @@ from common.fid import Moments
 def collectives(out):
     run = Run("ld3", ld3.Config(out=out, smoke=True, device="cpu"))
     own = torch.arange(7.0)[share_of(7)]
-    assert len(own) == (3, 4)[run.rank] and torch.equal(gather_rows(own[:, None])[:, 0], torch.arange(7.0))
+    assert len(own) == (4, 3)[run.rank] and torch.equal(gather_rows(own[:, None])[:, 0], torch.arange(7.0))
     assert torch.equal(gather_rows(torch.arange(4)[: 4 * run.rank]), torch.arange(4))  # nothing from rank 0
     assert sum_over_ranks(torch.tensor([1.0, run.rank])).tolist() == [2, 1]
     x, moments = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)), [Moments(3), Moments(3), Moments(3)]
