@@ -31,7 +31,7 @@ Measured: digits, RMSE to a fine trajectory, plain -> distilled, 2,048 held-out 
     Accurate solvers gain nothing, or lose: the fit is greedy (nearest to the teacher at each level, not at the end), and its squares
     are those of the few images that lie between two digits; iPNDM at 20 then gets worse on 94 of 100 images, with 768 as with 128
     for the fit. DDIM with 10 evaluations, 512 seeds, on the official student grid: .173, distilled .122, with official targets .215.
-    python dode.py                                             # digits, all six solvers at 5 evaluations, 36 s on 2 CPU cores
+    python dode.py                                             # digits, all six solvers at 5 evaluations, 33 s on 2 CPU cores
     python dode.py --solver ddim heun --nfe 3 5 10 20          # some solvers, several budgets
     python dode.py --lambdas runs/dode-digits/lambdas.json     # measure saved lambdas, fit nothing
     python dode.py --dataset cifar10 --nfe 10                  # one GPU

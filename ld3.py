@@ -25,7 +25,7 @@ Measured: digits, RMSE to the teacher, best of four hand-made grids -> LD3; 1,02
       8   .114 -> .063   .114 -> .060   .108 -> .043   .177 -> .094
     FID in the features of the digits classifier is below that of every hand-made grid in all twelve (README). Three training seeds,
     unipc, 5 evaluations: .098 +- .007; hard .095 +- .010; coupled .101 +- .017; distance of features .100 +- .008; 100 r: .132 +- .006.
-    python ld3.py                                          # digits, 5 evaluations: 42 s on 2 CPU cores
+    python ld3.py                                          # digits, 5 evaluations: 29 s on 2 CPU cores
     python ld3.py --solver dpmpp --order 2 --nfe 8         # another solver, another budget
     python ld3.py --schedule runs/ld3-digits/schedule.json --steps 0   # measure a saved schedule, train nothing
     python ld3.py --dataset cifar10 --nfe 10                           # one GPU
