@@ -325,20 +325,23 @@ def train(config, run=None, teacher=None, judge=None):
         with autocast(run.device):
             fake = generator(config.sigma_max * noise, config.sigma_max, labels)
             fakes.append(fake.detach())
-            loss = generator_loss(discriminator(fake, labels))
-        discriminator.heads.eval()  # spectral norm: no power iteration for further parts of the batch
-        return loss
+            return generator_loss(discriminator(fake, labels))
 
     def loss_of_d(x0, fake, labels):
         with autocast(run.device):
-            loss = discriminator_loss(discriminator(x0, labels), discriminator(fake, labels))
-        discriminator.heads.eval()
-        return loss
+            return discriminator_loss(discriminator(x0, labels), discriminator(fake, labels))
 
     def loss_of_r1(x0, labels):  # in float32: it is a second derivative
-        loss = config.r1_every * r1_penalty(discriminator, x0, labels, config.r1_gamma)
-        discriminator.heads.eval()
-        return loss
+        return config.r1_every * r1_penalty(discriminator, x0, labels, config.r1_gamma)
+
+    def play(player, loss_of, batch, step):
+        def first_iterates(*part):
+            loss = loss_of(*part)
+            discriminator.heads.eval()  # spectral norm: no power iteration for further parts of the batch
+            return loss
+
+        discriminator.heads.train()
+        return player.update(first_iterates, batch, step, config.batch_per_gpu)
 
     parts = {"generator": generator, "ema": ema, "discriminator": discriminator, "optimizer_g": g.optimizer, "optimizer_d": d.optimizer,
              "stream": stream, "history": history}
@@ -351,14 +354,11 @@ def train(config, run=None, teacher=None, judge=None):
             x0, labels = stream.next()
             noise = torch.randn(config.batch_size, *shape, device=run.device)[mine]
             labels = labels if label_dim else None  # fake images get the classes of the real ones
-            discriminator.heads.train()
-            loss_g = g.update(loss_of_g, (noise, labels), step, config.batch_per_gpu)
-            discriminator.heads.train()
-            loss_d = d.update(loss_of_d, (x0, torch.cat(fakes), labels), step, config.batch_per_gpu)
+            loss_g = play(g, loss_of_g, (noise, labels), step)
+            loss_d = play(d, loss_of_d, (x0, torch.cat(fakes), labels), step)
             fakes.clear()
             if config.r1_gamma and step and step % config.r1_every == 0:
-                discriminator.heads.train()
-                d.update(loss_of_r1, (x0, labels), step, config.batch_per_gpu)
+                play(d, loss_of_r1, (x0, labels), step)
             ema_update(ema, generator, ema_decay(step * config.batch_size, config.batch_size, config.ema_images))
             history.losses[step] = sum_over_ranks(torch.stack([loss_g, loss_d]).float()) / run.world
             good = (g.broken < 0).all() & (d.broken < 0).all()
@@ -421,8 +421,8 @@ def evaluate(config, run, teacher, judge, generator, history):
     curves = {"generator": (xs, means[:, 0].tolist()), "discriminator": (xs, means[:, 1].tolist())}
     save_curves(run.out / "losses.png", curves, "images", "loss, summed over heads", f"{config.dataset}, {rows[-2]['name']}")
 
-    data = load_dataset(config.dataset, "train", config.data_dir, run.device)
-    x0, labels = Stream(data, min(64, len(data.images)), config.seed).next()
+    data = load_dataset(config.dataset, "train", config.data_dir)  # on the CPU: 64 images of it are wanted
+    x0, labels = (part.to(run.device) for part in Stream(data, min(64, len(data.images)), config.seed).next())
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed)).to(run.device)
     sigmas = sigma_grid("logsnr", 24, sigma_max=config.sigma_max).tolist()
     changes = activation_changes(teacher, x0, noise, sigmas, labels if label_dim else None)

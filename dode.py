@@ -46,7 +46,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from common.diffusion import GRIDS, sigma_grid, with_labels
 from common.fid import labels_for, make_judge, measure
@@ -54,7 +53,7 @@ from common.plots import save_curves, save_rows
 from common.solvers import TWO_EVALUATIONS, deis, dpm2, dpmpp, euler, heun, ipndm
 from common.teacher import load_teacher
 from common.training import (SCORES, Options, Run, UsageError, atomic_write, cli, fill_from_presets, noise_from_seeds, option, parse_config,
-                             require, save_json, share_of, table)
+                             require, save_json, share_of, sum_over_ranks, table)
 
 SOLVERS = {"ddim": euler, "ipndm": ipndm, "dpm2": dpm2, "deis2": partial(deis, order=2), "deis3": partial(deis, order=3), "heun": heun}
 
@@ -219,12 +218,11 @@ def make_plan(config, solver, nfe):
 
 
 @torch.no_grad()
-def fit_lambdas(student, teacher, targets, batches, model, start, output="x0", device="cpu", world=1, folder=None):
+def fit_lambdas(student, teacher, targets, batches, model, start, output="x0", device="cpu", folder=None):
     """One lambda per stage, and the root of the sum of squares left at the last; model(batch) -> denoiser, start(batch) -> its first x.
 
     Stages outside, batches inside: every lambda is needed before the next stage. Meanwhile the states of the other batches lie in files
-    below `folder`: memory does not grow with the fitting set. `batches` are this rank's own; the inner products are summed over `world`
-    ranks.
+    below `folder`: memory does not grow with the fitting set. `batches` are this rank's own; the inner products are summed over all ranks.
     """
     lambdas, done = [], 0
     with tempfile.TemporaryDirectory(".part", "states-", folder) as folder:  # the name says: to be deleted with the rest of a killed run
@@ -243,9 +241,7 @@ def fit_lambdas(student, teacher, targets, batches, model, start, output="x0", d
                 rest = theirs["x"] - ours["x"]
                 sums += torch.stack([(delta * rest).sum(), (delta * delta).sum(), (rest * rest).sum()])
                 atomic_write(Path(folder, str(b)), partial(torch.save, (ours, theirs, delta)))
-            if world > 1:
-                dist.all_reduce(sums)
-            across, length, rest = sums.tolist()
+            across, length, rest = sum_over_ranks(sums).tolist()
             lambdas.append(across / length if length else 0.0)  # EDM's first stage has nothing to differ from
             done = target
     return lambdas, max(0.0, rest - lambdas[-1] * across) ** 0.5
@@ -282,8 +278,7 @@ def fit(config, run=None, teacher=None):
     for job in run.steps(run.restore({"fitted": fitted}), len(jobs), {"fitted": fitted}, "fitting"):
         (solver, nfe), started = jobs[job], time.perf_counter()
         student, teacher_stages, targets = make_plan(config, solver, nfe)
-        lambdas, rest = fit_lambdas(student, teacher_stages, targets, batches, model, start, config.output, run.device, run.world,
-                                    run.out)
+        lambdas, rest = fit_lambdas(student, teacher_stages, targets, batches, model, start, config.output, run.device, run.out)
         run.loss = torch.tensor(rest / (config.fit_n * shape[0] * shape[1] * shape[2]) ** 0.5)  # RMSE to the teacher's last state
         fitted[solver, nfe] = {"solver": solver, "nfe": nfe, "sigmas": student_grid(config, solver, nfe).tolist(), "lambdas": lambdas,
                                "fit_evaluations": config.fit_n * (len(student) + len(teacher_stages)),

@@ -280,8 +280,8 @@ def train(config, run=None, teacher=None, distance=None):
     for step in run.steps(first, config.steps, parts, "learning the grid"):
         order = torch.randperm(config.train_n, generator=torch.Generator().manual_seed(config.seed * 10**6 + step // batches))
         batch = order[step % batches * config.batch_size:][: config.batch_size]
-        own = batch[run.rank:: run.world]  # under torchrun; a rank that is left without works on the first latent, for nothing
-        rows, own = len(own), own if len(own) else batch[:1]
+        mine = share_of(len(batch))  # under torchrun; a rank that is left without works on the first latent, for nothing
+        rows, own = len(batch[mine]), batch[mine] if len(batch[mine]) else batch[:1]
         latents = progress.latents[own].requires_grad_(config.objective == "soft")
         loss = loss_of(latents, own)  # (B,)
         run.loss = loss.mean() * (rows * run.world / len(batch))  # the mean over the ranks is that over the batch
@@ -299,7 +299,7 @@ def train(config, run=None, teacher=None, distance=None):
                 moved = project(latents - progress.lr_latent * latents.grad / run.world, origin[own], radius)
                 better = (loss_of(moved, own) < loss).view(-1, 1, 1, 1)
                 kept = torch.zeros_like(origin[batch])  # of all ranks together
-                kept[run.rank:: run.world] = torch.where(better, moved, latents)[:rows]
+                kept[mine] = torch.where(better, moved, latents)[:rows]
                 progress.latents[batch] = sum_over_ranks(kept)
                 progress.kept += int(sum_over_ranks(better[:rows].sum()))
             if (step + 1) % batches == 0:

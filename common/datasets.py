@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.edm_pickle import Unpickler, encode
 from common.training import DATASETS, UsageError, atomic_write, cache_dir
 
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet64": (3, 64, 64)}
@@ -347,16 +347,9 @@ def _array(record):
     return _numbers(dtype, data).reshape(shape, order="F" if fortran else "C")
 
 
-ALLOWED = {("numpy", "dtype"): _Inert, ("numpy", "ndarray"): None, ("_codecs", "encode"): lambda text, codec: text.encode("latin1")}
+ALLOWED = {("numpy", "dtype"): _Inert, ("numpy", "ndarray"): None, ("_codecs", "encode"): encode}
 for _numpy in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and since version 2
     ALLOWED.update({(_numpy, "_reconstruct"): _Inert, (_numpy, "scalar"): lambda dtype, data: _numbers(dtype, data)[0]})
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
-        return ALLOWED[module, name]
 
 
 def _batches(path, split):
@@ -390,7 +383,7 @@ def _read_batch(file):
                 pixels, labels = batch["data"], batch["labels"]
         else:
             with open(file, "rb") as opened:
-                batch = _Unpickler(opened, encoding="latin1").load()
+                batch = Unpickler(opened, ALLOWED, "array", encoding="latin1").load()
             pixels, labels = (_array(part) if isinstance(part, _Inert) else part for part in (batch["data"], batch["labels"]))
         labels, k = np.asarray(labels), math.isqrt(pixels.shape[-1] // 3)
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or not k or pixels.shape[1] != 3 * k * k:

@@ -24,6 +24,30 @@ TAKEN = ("model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "at
          "channel_mult_noise", "resample_filter")
 
 
+class Unpickler(pickle.Unpickler):
+    """Knows `allowed`, {(module, name): what stands for it}, and refuses every other name. `what`: the kind of thing that is read."""
+
+    def __init__(self, file, allowed, what, **options):
+        super().__init__(file, **options)
+        self.allowed, self.what = allowed, what
+
+    def find_class(self, module, name):
+        try:
+            return self.allowed[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no {self.what} needs") from None
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to objects outside the file")
+
+
+def encode(text, codec):
+    """_codecs.encode, by which old pickles write bytes."""
+    if codec not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"a text in {codec!r}")
+    return text.encode("latin1")
+
+
 class Record:
     """Stands for any object of the pickle: what it was saved with, as attributes of `state`; never more."""
 
@@ -65,12 +89,6 @@ def _scalar(kind, data):
     return np.frombuffer(data, kind.dtype, count=1)[0].item()
 
 
-def _encode(text, codec):
-    if codec not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"a text in {codec!r}")
-    return text.encode("latin1")
-
-
 def _storage(data):
     """torch.storage._load_from_bytes: a tensor's bytes, themselves in torch's old, uncompressed format."""
     if data[:2] == b"PK":
@@ -99,19 +117,8 @@ ALLOWED = {
     ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy._core.multiarray", "scalar"): _scalar,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): encode,
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no EDM checkpoint needs") from None
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to objects outside the file")
 
 
 def _weights(module, prefix, found, depth=0):
@@ -141,7 +148,7 @@ def read_edm_pickle(path):
     except OSError as error:
         raise UsageError(f"--teacher {path}: {error.strerror}") from None
     try:
-        record = _Unpickler(io.BytesIO(data)).load()
+        record = Unpickler(io.BytesIO(data), ALLOWED, "EDM checkpoint").load()
         ema = record["ema"]
         if ema.class_name != "EDMPrecond":
             raise pickle.UnpicklingError(f"its network is a {ema.class_name!r}, not an EDMPrecond")

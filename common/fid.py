@@ -189,21 +189,13 @@ def _digest(net):
 
 # ------------------------------------------------------------------------------------------------------------ references, scores
 
-def moments_of(images, extractor, what="features", batch_size=250):
-    """uint8 images (N, C, H, W) -> Moments of their features."""
-    moments = Moments(extractor.dim, extractor.device)
-    for batch in tqdm(images.split(batch_size), what, dynamic_ncols=True, mininterval=0.5, leave=False):
-        moments.add(extractor(batch))
-    return moments
-
-
 def features_of(images, extractor, batch_size=250):
     """uint8 images (N, C, H, W) -> features (N, D) on the extractor's device."""
     return torch.cat([extractor(batch) for batch in images.split(batch_size)])
 
 
-def reference_moments(dataset_name, extractor, data_dir=None, split="train", device="cpu"):
-    """mu (D,), cov (D, D), n of the real images of a split; computed once (with the images on `device`), then read from the cache."""
+def reference_moments(dataset_name, extractor, data_dir=None, split="train"):
+    """mu (D,), cov (D, D), n of the real images of a split; computed once, then read from the cache."""
     images = f"{dataset_name}{fingerprint(dataset_name, data_dir, exact=True)}-{split}"
     path = cache_dir() / f"moments-{images}-{extractor.name}-{extractor.digest}.npz"
     with locked(path):
@@ -214,8 +206,9 @@ def reference_moments(dataset_name, extractor, data_dir=None, split="train", dev
             pass
         except Exception:  # np.load raises anything on a file that is cut short or foreign
             print(f"{path}: damaged, made again")
-        images = load_dataset(dataset_name, split, data_dir, device).images
-        moments = moments_of(images, extractor, f"moments of {dataset_name}")
+        moments, batches = Moments(extractor.dim, extractor.device), load_dataset(dataset_name, split, data_dir).images.split(250)
+        for batch in tqdm(batches, f"moments of {dataset_name}", dynamic_ncols=True, mininterval=0.5, leave=False):
+            moments.add(extractor(batch))
         mu, cov = (a.cpu().numpy() for a in moments.mean_cov())
         atomic_write(path, lambda file: np.savez(file, mu=mu, sigma=cov, n=moments.n))
     return mu, cov, moments.n
@@ -275,13 +268,6 @@ class Judge:
     against: str = "train"  # what the reference is made of: "train" images, "edm", or the path of an .npz
     unseen: "Judge | None" = None  # the same in a second space, for methods whose loss looks at features
     real: torch.Tensor | None = None  # features of the real images (M, D), for precision and recall
-
-    def row(self, x0):
-        """The columns of `Score` for generated images x0 (n, C, H, W) in [-1, 1]."""
-        score = Score(self, len(x0))
-        for start in range(0, len(x0), 250):
-            score.add(x0[start:start + 250], start)
-        return score.row()
 
 
 class Score:

@@ -433,8 +433,7 @@ class Run:
     def rows(self, batch_size):
         """(n, which): how many rows of a batch drawn for all are this rank's own, and which. UsageError if it cannot be shared."""
         require(batch_size % self.world == 0, "batch_size", batch_size, f"must be a multiple of the {self.world} ranks")
-        n = batch_size // self.world
-        return n, slice(self.rank * n, (self.rank + 1) * n)
+        return batch_size // self.world, share_of(batch_size)
 
     def seconds(self):
         return self.earlier_seconds + time.perf_counter() - self.start
@@ -473,9 +472,9 @@ class Run:
         """Yield first, ..., last - 1 behind a progress bar; `run.loss` (a tensor, set in the loop) is shown about once a second.
 
         Between steps it saves `parts` (name -> anything with a state_dict) every `checkpoint_seconds` (less often if that would take more
-        than a twentieth of the time), and at the end. SIGINT or SIGTERM
-        lets the step finish, saves and exits with code 130; whichever rank gets it, all stop after the same step. A loss (the mean over
-        the ranks) that is not finite stops the run. The loss is read only when shown, so the device never waits.
+        than a twentieth of the time), and at the end. SIGINT or SIGTERM lets the step finish, saves and exits with code 130; whichever
+        rank gets it, all stop after the same step. A loss (the mean over the ranks) that is not finite stops the run. The loss is read
+        only when shown, so the device never waits.
         """
         stop = []
         handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}

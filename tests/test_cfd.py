@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import progressive
 from common.classifier import load_classifier
 from common.teacher import load_teacher
 from common.training import Run, UsageError
+from scripts import assert_refused, run_script
 from test_progressive import FILE, KEYS, Case, golden, student_parameters, tiny  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -199,9 +201,7 @@ def test_resumed_training_equals_an_uninterrupted_one_bitwise(tiny, tmp_path, mo
 
 # -------------------------------------------------------------------------------------------------------------- the command line
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["cfd.py", *map(str, arguments)])
-    cfd.main()
+run_main = partial(run_script, cfd)
 
 
 def test_smoke_leaves_everything_behind(monkeypatch, tmp_path):
@@ -249,12 +249,7 @@ def test_pd_of_another_kind_is_refused(monkeypatch, tmp_path, tiny, capsys, pred
     (["--resume"], ["checkpoint.pt"]),
 ])
 def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
-    place = {"FOREIGN": tmp_path / "foreign.pt", "NOWHERE": tmp_path / "nowhere"}
-    place["FOREIGN"].write_bytes(b"\x80\x04not ours")
-    with pytest.raises(UsageError) as error:
-        run_main(monkeypatch, "--out", tmp_path / "run", *[place.get(a, a) for a in arguments])
-    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names), error.value
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert_refused(cfd, monkeypatch, tmp_path, arguments, names, NOWHERE=tmp_path / "nowhere")
 
 
 @pytest.mark.slow

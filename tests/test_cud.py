@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from common.datasets import load_dataset
 from common.diffusion import GaussianMixture, edm_from_flow, expand
 from common.training import Run, UsageError, noise_from_seeds
 from common.unet import ddpmpp
+from scripts import EVERYWHERE, assert_refused, run_script
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / "tests" / "golden" / "cud.npz")
@@ -591,9 +593,7 @@ def test_few_steps_on_a_mixture_are_better_than_rectified_flows(rk):
 
 # -------------------------------------------------------------------------------------------------------------- the command line
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["cud.py", *map(str, arguments)])
-    cud.main()
+run_main = partial(run_script, cud)
 
 
 def results(folder):
@@ -651,19 +651,11 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
     (["--eval-n", "0"], ["--eval-n 0"]),
     (["--model-channels", "7"], ["digits", "odd"]),
     (["--channel-mult", "1", "2", "2", "2", "2"], ["digits", "halved"]),
-    (["--out", "FOREIGN"], ["--out", "foreign.pt"]),
-    (["--resume"], ["checkpoint.pt"]),
-    (["--device", "cuda:9"], ["--device cuda:9"]),
-    (["--dataset", "folder"], ["--data-dir"]),
+    *EVERYWHERE,
 ])
 def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
-    foreign = tmp_path / "foreign.pt"
-    foreign.write_bytes(b"\x80\x04not ours")
     monkeypatch.setattr(cud, "make_judge", lambda *_, **__: None)
-    with pytest.raises(UsageError) as error:
-        run_main(monkeypatch, "--out", tmp_path / "run", *[{"FOREIGN": foreign}.get(a, a) for a in arguments])
-    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names), error.value
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert_refused(cud, monkeypatch, tmp_path, arguments, names)
 
 
 def test_presets_have_the_published_size():

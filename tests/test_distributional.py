@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import urllib.error
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from common.diffusion import Denoiser
 from common.fid import make_judge
 from common.teacher import save_teacher
 from common.training import Run, UsageError, ema_decay, load_checkpoint, noise_from_seeds
+from scripts import EVERYWHERE, assert_refused, run_script
 from test_unet import golden_net
 
 ROOT = Path(__file__).parent.parent
@@ -531,9 +533,7 @@ def test_activation_changes_are_those_of_each_block():
         assert changes["dec.4x4_in0"][k] == pytest.approx(expected, rel=1e-5) and expected > 0
 
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["distributional.py", *map(str, arguments)])
-    gdd.main()
+run_main = partial(run_script, gdd)
 
 
 def results(folder):
@@ -582,23 +582,16 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys, freeze, name
     (["--teacher", "FOREIGN"], ["foreign.pt"]),
     (["--teacher", "BIG", "--smoke"], ["--teacher", "(1, 16, 16)", "(1, 8, 8)"]),
     (["--teacher", "CLASSES", "--smoke"], ["--teacher", "3 classes", "10"]),
-    (["--out", "FOREIGN"], ["--out", "foreign.pt"]),
-    (["--resume"], ["checkpoint.pt"]),
-    (["--device", "cuda:9"], ["--device cuda:9"]),
-    (["--dataset", "folder"], ["--data-dir"]),
+    *EVERYWHERE,
 ])
 def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
-    foreign = tmp_path / "foreign.pt"
-    foreign.write_bytes(b"\x80\x04not ours")
-    place = {"FOREIGN": foreign}
+    place = {}
     for key, options in {"BIG": {"img_resolution": 16}, "CLASSES": {"label_dim": 3}}.items():
         if key in arguments:
             place[key] = tmp_path / f"{key}.pt"
             save_teacher(place[key], tiny_teacher(**options), "ddpmpp", TINY | options, "digits")
-    with pytest.raises(UsageError) as error:
-        run_main(monkeypatch, "--out", tmp_path / "run", *[place.get(a, a) for a in arguments])
-    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names), error.value
-    assert not (tmp_path / "run" / "metrics.json").exists() and not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert_refused(gdd, monkeypatch, tmp_path, arguments, names, **place)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["freeze", "init", "features"])

@@ -16,9 +16,10 @@ import torch
 import dode
 from common.diffusion import Denoiser, GaussianMixture, sigma_grid
 from common.solvers import TWO_EVALUATIONS, euler, heun, ipndm
-from common.training import Run, UsageError, noise_from_seeds
+from common.training import Run, noise_from_seeds
 from common.unet import ddpmpp
 from dode import SOLVERS, Stage
+from scripts import EVERYWHERE, assert_refused, run_script
 from toy import Toy, five_blobs
 
 ROOT = Path(__file__).parent.parent
@@ -407,20 +408,21 @@ def test_inner_products_are_summed_over_ranks(toy, monkeypatch):
         barrier.wait()
         total = sum(boxes.values())
         barrier.wait()
-        sums.copy_(total)
+        return sums.copy_(total)
 
-    monkeypatch.setattr(dode.dist, "all_reduce", all_reduce)
     plan = dode.make_plan(dode.Config(nfe=4, scale=4), "ddim", 4)
 
-    def rank(r, batches, world):
-        both[r] = dode.fit_lambdas(*plan, batches, lambda b: toy, lambda b: 80 * noise_from_seeds(range(b, b + 20), (1, 2, 2)), world=world)
+    def rank(r, batches):
+        both[r] = dode.fit_lambdas(*plan, batches, lambda b: toy, lambda b: 80 * noise_from_seeds(range(b, b + 20), (1, 2, 2)))
 
-    threads = [threading.Thread(target=rank, args=(r, [40 * r, 40 * r + 20], 2)) for r in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    rank("one", [0, 20, 40, 60], 1)
+    threads = [threading.Thread(target=rank, args=(r, [40 * r, 40 * r + 20])) for r in (0, 1)]
+    with monkeypatch.context() as two:
+        two.setattr(dode, "sum_over_ranks", all_reduce)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    rank("one", [0, 20, 40, 60])
     for r in (0, 1):
         np.testing.assert_allclose(both[r][0], both["one"][0], rtol=1e-10, atol=1e-10)
         assert both[r][1] == pytest.approx(both["one"][1], rel=1e-10)
@@ -468,9 +470,7 @@ def test_two_ranks_fit_as_one(toy, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- the command line
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["dode.py", *map(str, arguments)])
-    dode.main()
+run_main = partial(run_script, dode)
 
 
 def results(folder):
@@ -549,20 +549,11 @@ FILES = {
     (["--lambdas", "GRID"], ["--lambdas", "GRID", "grid 80, 5.657", "this run walks 80, 17.53"]),
     (["--lambdas", "SHORT"], ["--lambdas", "SHORT", "3 lambdas, 4 are needed"]),
     (["--lambdas", "EPS"], ["--lambdas", "EPS", "--output eps", "--output x0"]),
-    (["--out", "FOREIGN"], ["--out", "foreign.pt"]),
-    (["--resume"], ["checkpoint.pt"]),
-    (["--device", "cuda:9"], ["--device cuda:9"]),
-    (["--dataset", "folder"], ["--data-dir"]),
+    *EVERYWHERE,
 ])
 def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
-    foreign = tmp_path / "foreign.pt"
-    foreign.write_bytes(b"\x80\x04not ours")
     for name, content in FILES.items():
         (tmp_path / name).write_text(json.dumps(content))
-    place = {"FOREIGN": foreign, **{name: tmp_path / name for name in FILES}}
     if "--lambdas" in arguments:
         arguments = ["--solver", "ddim", "--nfe", "4", *arguments]
-    with pytest.raises(UsageError) as error:
-        run_main(monkeypatch, "--out", tmp_path / "run", *[place.get(a, a) for a in arguments])
-    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names), error.value
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert_refused(dode, monkeypatch, tmp_path, arguments, names, **{name: tmp_path / name for name in FILES})

@@ -253,6 +253,14 @@ def test_moments_of_edm_are_read(tmp_path):
         load_moments(tmp_path / "ref.npz", extractor)
 
 
+def row_of(judge, x0):
+    """The columns of images x0 (n, C, H, W) that come in batches."""
+    score = fid.Score(judge, len(x0))
+    for start in range(0, len(x0), 250):
+        score.add(x0[start:start + 250], start)
+    return score.row()
+
+
 def settings(eval_n, eval_batch=250, **options):
     return Options(eval_n=eval_n, eval_batch=eval_batch, **options)
 
@@ -288,7 +296,7 @@ def test_rows_are_those_of_all_images_and_of_the_first_sampler_as_truth():
     for row, sampler in zip(rows, samplers.values()):
         error = row.pop("rmse_to_teacher")
         assert error == pytest.approx((sampler(noise, None) - 0.5 * noise).square().mean().sqrt().item(), abs=1e-7)
-        alone = judge.row(sampler(noise, None).float())
+        alone = row_of(judge, sampler(noise, None).float())
         assert close(row, alone) and row["fid_n"] == 70 and {"fid_unseen", "recall"} <= row.keys()
     assert rows[0]["fid"] != rows[1]["fid"]
     assert "rmse_to_teacher" not in measure(samplers, settings(70), (1, 8, 8), "cpu", judge)[0][1]
@@ -331,14 +339,14 @@ def test_inception_score_is_the_mean_over_ten_parts(small, tmp_path, n, parts):
     extractor.dim = 3
     judge = fid.Judge(extractor, (np.zeros(3), np.eye(3)))
     x0 = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0)) ** torch.arange(1, n + 1).view(-1, 1, 1, 1) * 2 - 1
-    row = judge.row(x0)
+    row = row_of(judge, x0)
     p = (extractor(to_uint8(x0)).double() / 50).softmax(1).numpy()
     assert (row["inception_score"], row["inception_score_sd"]) == pytest.approx(inception_score(p, parts))
     batches = fid.Score(judge, n)
     for first in range(0, n, 3):
         batches.add(x0[first:first + 3], first)
     assert close(batches.row(), row)
-    assert "inception_score" not in fid.Judge(replace(extractor, logits=None), judge.reference).row(x0)
+    assert "inception_score" not in row_of(fid.Judge(replace(extractor, logits=None), judge.reference), x0)
 
 
 def test_edms_moments_are_the_reference_where_inception_judges(small, tmp_path, monkeypatch, cache, capsys):
@@ -375,7 +383,7 @@ def test_fid_of_images_falls_as_they_get_better():
     reference = reference_moments("digits", extractor)
     x = to_float(load_dataset("digits").images)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    scores = [fid.Judge(extractor, reference).row(x + level * noise)["fid"] for level in (0, 0.1, 0.3, 1)]
+    scores = [row_of(fid.Judge(extractor, reference), x + level * noise)["fid"] for level in (0, 0.1, 0.3, 1)]
     assert scores[0] < 1e-4 and scores == sorted(scores) and scores[1] > 0.1 and scores[3] > 10
     features = extractor(to_uint8(x + 0.3 * noise)).double().numpy()
     expected = frechet_distance(features.mean(0), np.cov(features, rowvar=False), *reference[:2])
@@ -416,11 +424,11 @@ def test_judge_gives_recall_in_the_space_that_no_loss_has_seen():
     judge = make_judge(Options(smoke=True, recall=True), "cpu", unseen=True)  # the second classifier after 5 steps
     real = load_dataset("digits").images
     x0 = to_float(load_dataset("digits", "test").images)
-    row = judge.row(x0)
+    row = row_of(judge, x0)
     expected = precision_recall(judge.unseen.extractor(real), judge.unseen.extractor(to_uint8(x0)))
     assert (row["precision"], row["recall"]) == pytest.approx(expected) and 0 < row["recall"] != row["precision"] < 1
     assert row["precision_recall_features"] == row["fid_unseen_features"] != row["fid_features"]
-    assert row["fid"] == make_judge(Options(), "cpu").row(x0)["fid"] != row["fid_unseen"]
-    alone = make_judge(Options(recall=True), "cpu").row(x0)
+    assert row["fid"] == row_of(make_judge(Options(), "cpu"), x0)["fid"] != row["fid_unseen"]
+    alone = row_of(make_judge(Options(recall=True), "cpu"), x0)
     assert alone["precision_recall_features"] == "digits-classifier" and alone["recall"] != row["recall"] and "fid_unseen" not in alone
-    assert "recall" not in make_judge(Options(smoke=True), "cpu", unseen=True).row(x0)
+    assert "recall" not in row_of(make_judge(Options(smoke=True), "cpu", unseen=True), x0)

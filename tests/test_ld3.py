@@ -1,5 +1,6 @@
 """ld3.py against numbers of the official code (golden/README.md section 3), against itself, and end to end."""
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 import ld3
 from common.diffusion import Denoiser, GaussianMixture, sigma_grid
 from common.solvers import dpmpp, ipndm, unipc
-from common.training import Run, UsageError, noise_from_seeds
+from common.training import Run, noise_from_seeds
 from common.unet import ddpmpp
+from scripts import EVERYWHERE, assert_refused, run_script
 from toy import five_blobs
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "ld3_schedule.npz")
@@ -208,9 +210,7 @@ def test_resumed_training_equals_an_uninterrupted_one_bitwise(toy, tmp_path, mon
 
 # -------------------------------------------------------------------------------------------------------------- the command line
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["ld3.py", *map(str, arguments)])
-    ld3.main()
+run_main = partial(run_script, ld3)
 
 
 def test_smoke_run_leaves_everything_and_the_schedule_reads_back(monkeypatch, tmp_path, capsys):
@@ -263,25 +263,16 @@ def test_schedule_is_what_diffusers_takes(tmp_path):
     (["--schedule", "RISING"], ["--schedule", "rising.json", "decreasing"]),
     (["--schedule", "GOOD", "--nfe", "7"], ["--schedule", "good.json", "5 levels", "8"]),
     (["--schedule", "GOOD", "--nfe", "4", "--sigma-max", "70"], ["--schedule", "80", "70"]),
-    (["--out", "FOREIGN"], ["--out", "foreign.pt"]),
-    (["--resume"], ["checkpoint.pt"]),
-    (["--device", "cuda:9"], ["--device cuda:9"]),
-    (["--dataset", "folder"], ["--data-dir"]),
+    *EVERYWHERE,
     (["--steps", "-1"], ["--steps -1"]),
     (["--reference", "nowhere.npz"], ["--reference nowhere.npz"]),
 ])
 def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
-    foreign, rising, good = tmp_path / "foreign.pt", tmp_path / "rising.json", tmp_path / "good.json"
-    foreign.write_bytes(b"\x80\x04not ours")
+    rising, good = tmp_path / "rising.json", tmp_path / "good.json"
     sigmas = sigma_grid("edm", 4)
     for path, levels in ((rising, sigmas.flip(0)), (good, sigmas)):
         path.write_text(json.dumps({"solver": "unipc", "order": 3, "nfe": 4, "sigmas": levels.tolist(), "sigmas_net": levels.tolist()}))
-    place = {"FOREIGN": foreign, "RISING": rising, "GOOD": good}
-    arguments = ["--out", tmp_path / "run", *[str(place.get(a, a)) for a in arguments]]
-    with pytest.raises(UsageError) as error:
-        run_main(monkeypatch, *arguments)
-    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names), error.value
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert_refused(ld3, monkeypatch, tmp_path, arguments, names, RISING=rising, GOOD=good)
 
 
 def test_conditional_teacher_gets_uniform_classes(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from common.solvers import euler
 from common.teacher import load_teacher, save_teacher
 from common.training import Run, UsageError
 from common.unet import ddpmpp
+from scripts import assert_refused, run_script
 
 ROOT = Path(__file__).parent.parent
 FILE = np.load(ROOT / "tests" / "golden" / "pd_cfd.npz")
@@ -382,9 +384,7 @@ def test_ema_is_what_a_stage_hands_on(tiny, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- the command line
 
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["progressive.py", *map(str, arguments)])
-    progressive.main()
+run_main = partial(run_script, progressive)
 
 
 def test_smoke_leaves_everything_behind(monkeypatch, tmp_path, capsys):
@@ -441,12 +441,7 @@ def test_a_network_in_another_form_is_no_teacher(monkeypatch, tmp_path, tiny):
     (["--device", "cuda:99"], ["--device cuda:99"]),
 ])
 def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
-    foreign = tmp_path / "foreign.pt"
-    foreign.write_bytes(b"\x80\x04not ours")
-    with pytest.raises(UsageError) as error:
-        run_main(monkeypatch, "--out", tmp_path / "run", *[foreign if a == "FOREIGN" else a for a in arguments])
-    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names), error.value
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert_refused(progressive, monkeypatch, tmp_path, arguments, names)
 
 
 @pytest.mark.slow
