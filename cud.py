@@ -1,43 +1,28 @@
-"""CUD: Catch-Up Distillation: You Only Need to Train Once for Accelerating Sampling (Shao et al. 2023, arXiv:2305.10769).
+"""CUD: Catch-Up Distillation (Shao et al. 2023, arXiv:2305.10769).
 
-Idea: a rectified flow learns the velocity of the straight paths from data to noise. CUD adds a second target while it is trained,
-once and without a teacher: the velocity of the *same* weights one small step further along the net's own walk. What the net says
-now catches up with what it will say a moment later, so that few Euler steps suffice.
+Idea: a rectified flow learns the velocity of straight paths from data to noise. CUD trains one
+once, without a teacher, with a second target: the velocity of the same weights at t - h on their
+own trajectory. The velocity becomes consistent along it: few Euler steps are enough.
 
-The paper's letters, kept in this file: z = (1 - t) x0 + t z1 with z1 the noise, v = z1 - x0. In the variables of common/:
-sigma = t / (1 - t), x = z / (1 - t). There t = 1 is infinite: to begin there, a sampler walks in t.
-
-Loss for RK12, mean over batch and pixels (sg: no gradient; t uniform in (1e-5, 1), step h uniform in (0, 1/16)):
+Loss for RK12, mean over batch and pixels; z = (1 - t) x0 + t z1, z1 noise, sigma = t / (1 - t);
+t uniform in (1e-5, 1), h in (0, 1 / TN); sg: no gradient:
     |v(z, t) - sg v(z - h sg v(z, t), t - h)|^2 + |v(z, t) - (z1 - x0)|^2
-RK23 and RK34 have 2 and 3 heads: head k is to say what the velocity will be k steps later; the steps are Runge-Kutta's, of 2 and 3
-evaluations; 4 and 6 terms. If t < 1e-5 + (number of heads) h, all catch-up targets are z1 - x0.
-Coupling: z1 = mu(x0) + exp(logvar(x0) / 2) noise from an encoder trained along, + 20 KL(q(z1 | x0) || N(0, I)); --independent: z1 = noise.
-One step: a copy of the EMA, v1 = v(z, 1), trained on |z - v1 - x0_m|^2 + 0.1 |v1 - v1 of its EMA|^2, where x0_m is the data
-that the net predicts after m = 8, then 11, then 14 of 16 Euler steps from z.
+RK23, RK34: 2, 3 heads. The target of head i is the velocity after i Runge-Kutta steps.
+Coupling: z1 ~ q(z1 | x0) of an encoder, + 20 KL(q || N(0, I)); --independent: z1 = noise.
+One step: a copy of the EMA learns |z - v1 - x0_m|^2 + 0.1 |v1 - v1 of its EMA|^2, v1 = v(z, 1);
+x0_m: the data that CUD predicts after m = 8, then 11, then 14 of 16 Euler steps from z.
 
-Differences from the paper's official code (Catch-Up-Distillation, commit 7d271f1):
- 1. Targets without dropout (theirs: with, by the mode the net is in; --target-dropout). Without dropout k1 = v(z, t) is the prediction
-    itself and costs nothing (theirs: a second evaluation).
- 2. --exact-rk: their 2 h and 3 h targets use the weights of the step h, of order 1 for these, and k3 of RK34 makes its step h one of
-    order 2, not 3. The flag: the midpoint rule for 2 h (RK23); order 3 everywhere for one evaluation more (RK34).
- 3. One step: ShakeDrop as in training (theirs: off); float targets (theirs: 8-bit). MNIST samples with its phi, 0.25 (theirs: 0.75).
- 4. EMA decay min(0.9999, (1 + i) / (10 + i)) at iteration i (theirs: 0.9999 from the start). The encoder has a head for the mean and
-    one for the log variance (theirs: one of twice the channels).
- 5. Heun's steps cover the whole interval (theirs: half of it). In t, ipndm of order 2 is their dpm_solver_2, and of order 3 what their
-    dpm_solver_3 would be without a wrong sign, a wrong time and a halved term. The digits preset has adaptive weights and TN = 160.
-Measured: digits, FID [digits-classifier, n=2048] of Euler walks, mean of 3 seeds; on one busy CPU core 4.6 minutes, 8.4 with --baseline
-    evaluations                                      1     2     4     8     16    straightness (0: straight)
-    rectified flow, 1,500 iterations                 99.3  19.8  5.44  2.40  1.63  .141
-    the same, 2,000: as much compute as CUD          100   18.0  4.63  1.89  1.23  .142
-    cud, 1,500                                       94.7  12.6  2.75  1.44  1.23  .138
-    cud-1step                                        2.52 (two seeds)
-    The preset was chosen among seven settings, by seed 0's row; the official --no-adaptive-weight --tn 16 has 96.3, 15.6, 3.91, 1.88, 1.43
-    there. At 16 evaluations and equal compute nothing is gained: what is left seems to be the error of a short training. The paths are
-    hardly straighter. MNIST, CIFAR-10, ImageNet-64: not run.
-    python cud.py                                    # digits, 2 CPU cores
-    python cud.py --baseline                         # and a rectified flow, at equal iterations and at equal compute
-    python cud.py --rk 34 --exact-rk --no-independent --shakedrop
-    python cud.py --dataset mnist --baseline         # one GPU
+Differences from the official code (Catch-Up-Distillation, commit 7d271f1):
+ 1. Targets without dropout (theirs: with).
+ 2. One step: ShakeDrop as in training (theirs: off), float targets (theirs: 8-bit). MNIST samples
+    with its phi, 0.25 (theirs: 0.75).
+ 3. EMA decay min(0.9999, (1 + i) / (10 + i)) (theirs: 0.9999). The encoder has two heads, mean
+    and log variance (theirs: one of twice the channels).
+ 4. Heun's steps cover the whole interval (theirs: half of it).
+ 5. digits: adaptive weights, TN = 160 (theirs: neither; 16).
+Result on digits, FID of 4 evaluations: 2.75 +- .13; rectified flow: 5.44 +- .16. More: RESULTS.md
+    python cud.py --baseline                 # digits: 9 minutes on 2 CPU cores, 5 without baseline
+    python cud.py --dataset mnist --rk 34    # one GPU
 """
 import copy
 from dataclasses import dataclass
@@ -48,400 +33,317 @@ from torch import nn
 
 from common import unet
 from common.datasets import Stream, load_dataset
-from common.diffusion import GRIDS, expand, flow_from_edm, sigma_grid
-from common.fid import labels_for, make_judge, measure
-from common.plots import save_curves, save_rows
-from common.solvers import ORDERS, SOLVERS, steps_for
-from common.teacher import NetworkOptions, new_network
-from common.training import (SCORES, Run, accumulate, autocast, average_gradients, cli, ema_update, fill_from_presets,
-                             gather_rows, noise_from_seeds, option, parse_config, prepare, require, share_of, table)
+from common.diffusion import expand, noise_from_seeds
+from common.fid import make_evaluator, measure
+from common.machinery.options import cli, complete, option, parse_config
+from common.machinery.plots import save_fid_curves, save_rows
+from common.machinery.run import Run
+from common.solvers import SOLVERS, steps_for
+from common.teacher import NetworkOptions, ema_update, new_network
 
-EPS, DISTILL_FROM = 1e-5, (8, 11, 14)  # the smallest t; where in 16 Euler steps the one-step targets come from (official)
-RK, STEP_RULES, WALKS = ("12", "23", "34"), ("uniform", "rule", "origin"), ("t", *GRIDS)
+EPS = 1e-5  # smallest t
+FLOWS = ("rectified-flow", "rectified-flow-equal-compute")
 
-
-@dataclass
-class Config(NetworkOptions):
-    rk: str = option("12", "catch-up targets: 12, 23 or 34, of 1, 2 or 3 heads (paper: all three)", choices=RK)
-    exact_rk: bool = option(False, "Runge-Kutta weights of the order that their names promise, for all targets")
-    step_rule: str = option("uniform", "step h: u / TN with u uniform, t / TN (rule), 1 / TN (origin) (official)", choices=STEP_RULES)
-    tn: int | None = option(None, "TN: largest step is 1 / TN (official: 16, which no flag of theirs changes)")
-    adaptive_weight: bool | None = option(None, "at iteration i of I weigh catch-up by 2 i/I, the data by 2 (1 - i/I) (official flag)")
-    target_dropout: bool = option(False, "compute the targets with dropout on, as the official code does")
-    independent: bool | None = option(None, "z1 is independent of x0: no encoder (official flag)")
-    kl_weight: float = option(20.0, "weight of the encoder's KL term (official commands: 20)")
-    shakedrop: bool | None = option(None, "weigh decoder against skips by t (official flag)")
-    phi: float | None = option(None, "ShakeDrop: share of the decoder at t = 0, that of the skips at t = 1")
-    encoder_channels: int | None = option(None, "width of the encoder, of --num-blocks 2 at most")
-    ema: float = option(0.9999, "decay of the EMA, for evaluation only; (1 + i) / (10 + i) while that is less (official: 0.9999)")
-    baseline: bool = option(False, "also train a rectified flow: same start, data, noise and t; as many iterations, then as much compute")
-    distill_steps: int | None = option(None, "iterations of the one-step student for each of its three targets (README: 40k); 0: none")
-    distill_n: int | None = option(None, "noise images whose Euler runs are its data")
-    distill_lr: float | None = option(None, "its learning rate")
-    nfe: tuple[int, ...] = option((1, 2, 4, 8, 16), "network evaluations, one or several budgets")
-    solver: str = option("euler", "sampler: one of common.solvers (official: euler)", choices=tuple(SOLVERS))
-    order: int | None = option(None, "highest order of a multistep solver; ipndm in t: Adams-Bashforth (default: the solver's)")
-    walk: str = option("t", "it walks in t, in equal steps from 1 to 0, or in sigma, from 80 to 0.002 on this grid", choices=WALKS)
-    head: int = option(1, "the head that samples (official: 1)")
-
-    def __post_init__(self):
-        fill_from_presets(self, PRESETS, SMOKE)
-        self.heads = int(self.rk[0])
-        self.nfe = (self.nfe,) if isinstance(self.nfe, int) else tuple(dict.fromkeys(self.nfe))
-        for name, right in ("rk", RK), ("step_rule", STEP_RULES), ("solver", SOLVERS), ("walk", WALKS):
-            require(getattr(self, name) in right, name, getattr(self, name), f"choose one of {', '.join(right)}")
-        for name in ("steps", "batch_size", "lr", "distill_n", "distill_lr", "model_channels", "num_blocks", "encoder_channels"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
-        for name in ("warmup", "distill_steps", "kl_weight"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be below 0")
-        for name in ("phi", "ema", "dropout"):
-            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in 0 ... 1")
-        require(self.tn >= self.heads, "tn", self.tn, f"must be at least {self.heads}, the number of heads of --rk {self.rk}")
-        require(1 <= self.head <= self.heads, "head", self.head, f"--rk {self.rk} has {self.heads}")
-        require(self.order in (None, *ORDERS[self.solver]), "order", self.order, f"{self.solver} offers {ORDERS[self.solver]}")
-        for nfe in (*self.nfe, *(1,) * (self.distill_steps > 0)):  # the one-step student has a row of its own
-            steps_for(self.solver, nfe, ends_in_zero=self.walk == "t")  # raises on a budget that the solver cannot meet
+# ------------------------ the method
 
 
-# Official: README commands and configs/*.json. The encoder's depth is 2 blocks everywhere but on digits; flips were chosen here.
-_CIFAR10 = dict(tn=16, adaptive_weight=False, independent=False, shakedrop=True, phi=0.75, arch="ddpmpp", model_channels=128,
-                channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13, encoder_channels=32, flip=True, steps=500_000,
-                batch_size=128, lr=2e-4, warmup=5000, distill_steps=40_000, distill_n=50_000, distill_lr=2e-4, eval_n=50_000,
-                eval_batch=256)
-PRESETS = {
-    "digits": dict(tn=160, adaptive_weight=True, independent=True, shakedrop=False, phi=0.75, arch="ddpmpp", model_channels=32,
-                   channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0, encoder_channels=16, flip=False, steps=1500,
-                   batch_size=64, lr=2e-3, warmup=100, distill_steps=120, distill_n=4096, distill_lr=5e-4, eval_n=2048,
-                   eval_batch=256),
-    "mnist": {**_CIFAR10, "model_channels": 32, "num_blocks": 2, "phi": 0.25, "flip": False, "steps": 50_000, "batch_size": 256, "lr": 3e-4,
-              "distill_lr": 3e-4, "eval_n": 10_000},
-    "cifar10": _CIFAR10,
-    "imagenet64": {**_CIFAR10, "arch": "adm", "model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3,
-                   "attn_resolutions": (32, 16, 8), "dropout": 0.1, "encoder_channels": 64, "flip": False, "batch_size": 1024, "lr": 4e-4,
-                   "distill_n": 10_000, "distill_lr": 4e-4, "eval_batch": 128},
-    "folder": {**_CIFAR10, "eval_n": 10_000},
-}
-SMOKE = dict(steps=4, batch_size=8, warmup=1, distill_steps=1, distill_n=16, eval_n=32, eval_batch=32)
+def catch_up_targets(velocity, z, t, h, k1, flow_target, heads=1):
+    """Target of head i: the velocity at t - i h, after i Runge-Kutta steps from z.
 
-
-# ------------------------------------------------------------------------------------------------------------------- the network
-
-class Velocity(nn.Module):
-    """v(z, t): a raw U-Net that is told t itself, without preconditioning, and further heads on its last features."""
-
-    def __init__(self, net, heads=1, phi=None):
-        super().__init__()
-        self.net, self.phi = net, phi
-        norm = net.out_norm if net.family.out_head else list(net.dec.values())[-2]  # what the U-Net's own head begins with
-        self.more = nn.ModuleList(nn.Sequential(unet.group_norm(norm.num_channels, 1e-6), nn.SiLU(), unet.Conv2d(
-            norm.num_channels, net.img_channels, 3, net.family.init_zero)) for _ in range(heads - 1))
-
-    def forward(self, z, t, heads=1, labels=None):
-        """z (B, C, H, W), t (B,) or a number, labels (B,) -> what the first `heads` heads say, (heads, B, C, H, W), in z's dtype."""
-        dtype = self.net.map_layer0.weight.dtype
-        t = torch.as_tensor(t, dtype=dtype, device=z.device).expand(len(z))
-        balance = None if self.phi is None else t * (1 - 2 * self.phi) + self.phi  # "prior ShakeDrop": phi at t = 0, 1 - phi at t = 1
-        features = self.net.forward_features(z.to(dtype), t, labels, balance=balance)
-        return torch.stack([head(features) for head in (self.net.head, *self.more[: heads - 1])]).to(z.dtype)
-
-
-def labelled(net, labels):
-    """A Velocity that knows its labels (B,), or None."""
-    return net if labels is None else partial(net, labels=labels)
-
-
-def gaussian_kl(mu, logvar):
-    return (mu**2 + logvar.exp() - 1 - logvar).mean() / 2
-
-
-def encode(encoder, x0, noise):
-    """The learned coupling: z1 ~ q(z1 | x0) = N(mu, exp(logvar)) (B, C, H, W), and KL(q || N(0, I)), the mean over batch and pixels."""
-    mu, logvar = encoder(x0, 1.0, 2)
-    return mu + noise * (logvar / 2).exp(), gaussian_kl(mu, logvar)
-
-
-# -------------------------------------------------------------------------------------------------------------------- the method
-
-def step_size(rule, t, u, tn):
-    """h (B,) for times t and uniform draws u."""
-    return {"uniform": u / tn, "rule": t / tn, "origin": torch.full_like(u, 1 / tn)}[rule]
-
-
-def catch_up_targets(velocity, z, t, h, k1, truth, heads=1, exact=False):
-    """What head i is to say: v at t - i h, where i Runge-Kutta steps from z end; truth, for all heads, if t is too small for that.
-
-    z, k1 = v(z, t), truth (B, C, H, W); t, h (B,) -> (heads, B, C, H, W).
+    z, k1 = v(z, t), flow_target (B, C, H, W); t, h (B,) -> (heads, B, C, H, W). Where t is too
+    small: flow_target. At 2 h, 3 h first-order accurate (official).
     """
-    def v(point, i):
-        return velocity(point, (t - i * h).clamp(EPS, 1))[0]
+    def v(z_i, i):
+        return velocity(z_i, (t - i * h).clamp(EPS, 1))[0]  # (B, C, H, W)
 
-    s, k = expand(h, z), k1
-    if heads > 1:
+    s, k = expand(h, z), k1  # RK12: Euler
+    if heads > 1:  # RK23: Heun
         k2 = v(z - s * k1, 1)
         k = (k1 + k2) / 2
-    if heads > 2:  # exact: with 4 k1 - 2 k2 the errors of k2 and k3 cancel in the step h
-        k3 = v(z - (s * (4 * k1 - 2 * k2) if exact else (expand(7 * h, z) * k1 + s * k2) / 4), 2)
+    if heads > 2:  # RK34
+        k3 = v(z - (expand(7 * h, z) * k1 + s * k2) / 4, 2)
         k = 5 / 12 * k1 + 2 / 3 * k2 - 1 / 12 * k3
-    ends = [z - expand(i * h, z) * k for i in range(1, heads + 1)]
-    goals = [v(ends[0], 1)]
-    if exact and heads == 2:  # the midpoint rule
-        ends[1] = z - 2 * s * k2
-    if exact and heads == 3:  # the first goal is a better k2, from which comes a better k3
-        k3 = v(z - 2 * s * goals[0], 2)
-        ends[1:] = z - s * (k1 + 4 * goals[0] + k3) / 3, z - s * (3 * k1 + 9 * k3) / 4  # Simpson's rule; Heun's of order 3
-    goals += [v(end, i) for i, end in enumerate(ends[1:], 2)]
-    return torch.where(expand(t >= EPS + heads * h, z) > 0, torch.stack(goals), truth)
+    targets = torch.stack([v(z - expand(i * h, z) * k, i) for i in range(1, heads + 1)])
+    return torch.where(expand(t >= EPS + heads * h, z) > 0, targets, flow_target)
 
 
-def catch_up_loss(velocity, x0, z1, t, h, heads=1, weights=(1, 1), exact=False, quiet=None):
-    """The loss of the paper for x0, z1 (B, C, H, W), t, h (B,): the sum over heads of mean squares.
+def catch_up_loss(velocity, x0, z1, t, h, heads=1, w=1, eval_mode_velocity=None):
+    """The paper's loss of x0, z1 (B, C, H, W), t, h (B,): the sum over heads of mean squares.
 
-    velocity(z, t, heads) -> (heads, B, C, H, W). quiet: the same function, for the targets, if dropout makes it random.
+    velocity(z, t, heads) -> (heads, B, C, H, W). w, 2 - w: the weights of both terms.
+    eval_mode_velocity: for targets without dropout.
     """
-    z, truth = expand(1 - t, x0) * x0 + expand(t, x0) * z1, z1 - x0
+    z, flow_target = expand(1 - t, x0) * x0 + expand(t, x0) * z1, z1 - x0
     predictions = velocity(z, t, heads)
-    with torch.no_grad():
-        k1 = predictions[0] if quiet is None else quiet(z, t)[0]
-        targets = catch_up_targets(quiet or velocity, z, t, h, k1, truth, heads, exact)  # of the weights as they are now, not of an EMA
-    catch_up, data = ((predictions - goal).square().mean() * heads for goal in (targets, truth))
-    return weights[0] * catch_up + weights[1] * data
+    with torch.no_grad():  # the weights as they are now, not an EMA
+        k1 = predictions[0]
+        if eval_mode_velocity:
+            velocity = eval_mode_velocity
+            k1 = velocity(z, t)[0]
+        targets = catch_up_targets(velocity, z, t, h, k1, flow_target, heads)
+    catch_up = (predictions - targets).square().mean() * heads
+    flow = (predictions - flow_target).square().mean() * heads
+    return w * catch_up + (2 - w) * flow
 
 
 def flow_loss(velocity, x0, z1, t):
     """Rectified flow, the baseline: |v(z, t) - (z1 - x0)|^2."""
-    return (velocity(expand(1 - t, x0) * x0 + expand(t, x0) * z1, t)[0] - (z1 - x0)).square().mean()
+    z = expand(1 - t, x0) * x0 + expand(t, x0) * z1
+    return (velocity(z, t)[0] - (z1 - x0)).square().mean()
 
 
-def one_step_loss(velocity, ema, z, x0_target):
-    """|z - v(z, 1) - x0_target|^2 + 0.1 |v(z, 1) - v_EMA(z, 1)|^2, means over batch and pixels."""
-    v = velocity(z, 1.0)[0]
-    return (z - v - x0_target).square().mean() + 0.1 * (v - ema(z, 1.0)[0].detach()).square().mean()
-
-
-# ---------------------------------------------------------------------------------------------------------------------- samplers
-
-def as_denoiser(velocity, in_t=False):
-    """What the net says of the data, x0 = z - t v, as a function D(x, sigma) in the variables of common/, or of (z, t).
-
-    The second serves common.solvers as well: they walk dx/dsigma = (x - D) / sigma, and dz/dt = v is (z - D) / t.
-    """
-    def denoiser(x, level):
-        z, t = (x, expand(level, x)) if in_t else flow_from_edm(x, level)
-        return z - t * velocity(z, t.flatten())
-    return denoiser
-
-
-def times(n):
-    """n equal steps from t = 1 to 0."""
-    return torch.linspace(1, 0, n + 1, dtype=torch.float64)
-
-
-def sample(velocity, noise, nfe=1, solver="euler", order=None, walk="t"):
-    """Unit noise (B, C, H, W) -> x0 with exactly `nfe` evaluations; walk: "t", or the grid of a walk in sigma."""
-    n = steps_for(solver, nfe, ends_in_zero=walk == "t")
-    levels = times(n) if walk == "t" else sigma_grid(walk, n)
-    return SOLVERS[solver](as_denoiser(velocity, walk == "t"), levels[0].item() * noise, levels, **({"order": order} if order else {}))
-
-
-def of_head(net, head=1):
-    """The velocity (z, t) -> (B, C, H, W) of one head."""
-    return lambda z, t: net(z, t, head)[-1]
+def one_step_loss(velocity, ema, z, x0):
+    """|z - v(z, 1) - x0|^2 + 0.1 |v(z, 1) - v_EMA(z, 1)|^2."""
+    v, v_ema = velocity(z, 1.0)[0], ema(z, 1.0)[0].detach()
+    return (z - v - x0).square().mean() + 0.1 * (v - v_ema).square().mean()
 
 
 @torch.no_grad()
-def along_euler(velocity, z, n):
-    """n Euler steps from noise z: the n + 1 states, and n velocities and predictions of the data, (n or n + 1, B, C, H, W) each."""
-    states = []
-    SOLVERS["euler"](as_denoiser(velocity, in_t=True), z, times(n), callback=lambda i, z: states.append(z))
-    states = torch.stack(states)
-    slopes = -n * states.diff(dim=0)
-    return states, slopes, states[:-1] - expand(times(n)[:-1], states) * slopes
+def one_step_targets(velocity, z):
+    """z (B, C, H, W) -> the data predicted after 8, 11, 14 of 16 Euler steps, (3, B, C, H, W)."""
+    zs = []
+    sample(velocity, z, 16, callback=lambda i, z: zs.append(z))
+    return torch.stack([zs[m] + (16 - m) * (zs[m + 1] - zs[m]) for m in (8, 11, 14)])  # z - t v
 
 
-def straightness(velocity, z, n=32):
-    """How straight n Euler steps from z are: E |(z1 - z0) - v(z_t, t)|^2 over t, images and pixels (0: straight), and for each image
-    the RMS distance of z_t from the line between its ends, (n + 1, B)."""
-    states, slopes, _ = along_euler(velocity, z, n)
-    s = expand(times(n), states)
-    from_line = (states - s * states[0] - (1 - s) * states[-1]).square().flatten(2).mean(2).sqrt()
-    return (states[0] - states[-1] - slopes).square().mean().item(), from_line.cpu()
+def encode(encoder, x0, noise):
+    """z1 (B, C, H, W) ~ q(z1 | x0) = N(mu, exp(logvar)), and KL(q || N(0, I))."""
+    mu, logvar = encoder(x0, 1.0, 2)
+    z1 = mu + noise * (logvar / 2).exp()
+    return z1, (mu**2 + logvar.exp() - 1 - logvar).mean() / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------- training
+class Velocity(nn.Module):
+    """v(z, t): a raw U-Net conditioned on t, with further heads on its features."""
 
-class Learner:
-    """A net, its EMA, and one optimizer for the net and what is trained along with it."""
+    def __init__(self, net, heads=1, phi=None):
+        super().__init__()
+        self.net, self.phi, self.more = net, phi, nn.ModuleList()
+        c = [m.num_channels for m in net.modules() if isinstance(m, nn.GroupNorm)][-1]
+        for _ in range(heads - 1):
+            conv = unet.Conv2d(c, net.img_channels, 3, net.family.init_zero)
+            self.more.append(nn.Sequential(unet.group_norm(c, 1e-6), nn.SiLU(), conv))
 
-    def __init__(self, config, net, *more):
-        self.config, self.net, self.ema = config, net, copy.deepcopy(net).eval().requires_grad_(False)
-        self.trained = nn.ModuleList([net, *more])
-        self.optimizer = torch.optim.Adam(self.trained.parameters(), fused=True)
+    def forward(self, z, t, heads=1, labels=None):
+        """z (B, C, H, W), t (B,) or a number, labels (B,) -> (heads, B, C, H, W) in z's dtype."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=z.device).expand(len(z))
+        balance = None
+        if self.phi is not None:  # ShakeDrop: the decoder's share, 1 - phi at t = 1
+            balance = t * (1 - 2 * self.phi) + self.phi
+        features = self.net.forward_features(z.float(), t, labels, balance=balance)
+        used = (self.net.head, *self.more[: heads - 1])
+        return torch.stack([head(features) for head in used]).to(z.dtype)
 
-    def update(self, i, loss_of, batch, lr):
-        """Iteration i: a step down the mean loss of a batch, which it returns; then the EMA."""
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad()
-        loss = accumulate(loss_of, batch, self.config.batch_per_gpu)
-        average_gradients(self.optimizer.param_groups[0]["params"])
-        self.optimizer.step()
-        ema_update(self.ema, self.net, min(self.config.ema, (1 + i) / (10 + i)))
-        return loss
+    def in_eval_mode(self, z, t, labels=None):
+        self.eval()  # no dropout
+        v = self(z, t, labels=labels)
+        self.train()
+        return v
 
-    def state_dict(self):
-        return {name: getattr(self, name).state_dict() for name in ("trained", "ema", "optimizer")}
 
-    def load_state_dict(self, state):
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
+def sample(velocity, noise, nfe=1, solver="euler", **options):
+    """Unit noise (B, C, H, W) -> x0 in equal steps of t, with nfe evaluations."""
+    def denoiser(z, t):  # D = z - t v: the slope of common.solvers, (z - D) / t, is v
+        return z - expand(t, z) * velocity(z, t.reshape(-1))[0]
+
+    steps = steps_for(solver, nfe, ends_in_zero=True)
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return SOLVERS[solver](denoiser, noise, t, **options)
+
+
+# ------------------------ options
+
+
+@dataclass
+class Config(NetworkOptions):
+    rk: str = option("12", "12, 23, 34: 1, 2, 3 heads (paper: all)", choices=("12", "23", "34"))
+    tn: int | None = option(None, "largest step: 1 / TN (official: 16)", low=3)
+    adaptive_weight: bool | None = option(None, "weights: catch-up 0 to 2, flow 2 to 0 (official)")
+    independent: bool | None = option(None, "no encoder: z1 is noise (official)")
+    kl_weight: float = option(20.0, "weight of the encoder's KL (official: 20)", low=0)
+    encoder_channels: int | None = option(None, "width of the encoder", above=0)
+    shakedrop: bool | None = option(None, "weigh decoder against skips by t (official)")
+    phi: float | None = option(None, "ShakeDrop: the decoder's share at t = 0", low=0, high=1)
+    baseline: bool = option(False, "also rectified flow: equal iterations, then equal compute")
+    distill_steps: int | None = option(None, "one-step iterations per target; 0: none", low=0)
+    distill_n: int | None = option(None, "its noise images", above=0)
+    distill_lr: float | None = option(None, "its learning rate", above=0)
+    nfe: tuple[int, ...] = option((1, 2, 4, 8, 16), "network evaluations")
+    solver: str = option("euler", "sampler (official: euler)", choices=tuple(SOLVERS))
+
+    def __post_init__(self):
+        complete(self, PRESETS, SMOKE)
+        self.heads = int(self.rk[0])
+        for nfe in (*self.nfe, *[1] * (self.distill_steps > 0)):
+            steps_for(self.solver, nfe, ends_in_zero=True)
+
+
+# Official: README commands, configs/*.json. Chosen here: digits, flips.
+_CIFAR10 = dict(
+    tn=16, adaptive_weight=False, independent=False, shakedrop=True, phi=0.75, arch="ddpmpp",
+    model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,),
+    dropout=0.13, encoder_channels=32, flip=True, steps=500_000, batch_size=128, lr=2e-4,
+    warmup=5000, distill_steps=40_000, distill_n=50_000, distill_lr=2e-4,
+    eval_n=50_000, eval_batch=256,
+)
+PRESETS = {
+    "digits": dict(
+        tn=160, adaptive_weight=True, independent=True, shakedrop=False, phi=0.75, arch="ddpmpp",
+        model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
+        dropout=0.0, encoder_channels=16, flip=False, steps=1500, batch_size=64, lr=2e-3,
+        warmup=100, distill_steps=120, distill_n=4096, distill_lr=5e-4,
+        eval_n=2048, eval_batch=256,
+    ),
+    "mnist": dict(
+        _CIFAR10, model_channels=32, num_blocks=2, phi=0.25, flip=False, steps=50_000,
+        batch_size=256, lr=3e-4, distill_lr=3e-4, eval_n=10_000,
+    ),
+    "cifar10": _CIFAR10,
+    "imagenet64": dict(
+        _CIFAR10, arch="adm", model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
+        attn_resolutions=(32, 16, 8), dropout=0.1, encoder_channels=64, flip=False,
+        batch_size=1024, lr=4e-4, distill_n=10_000, distill_lr=4e-4, eval_batch=128,
+    ),
+    "folder": dict(_CIFAR10, eval_n=10_000),
+}
+SMOKE = dict(steps=4, batch_size=8, warmup=1, distill_steps=1, distill_n=16, eval_n=32)
+
+# ------------------------ training
 
 
 def make_net(config, data, encoder=False):
-    if encoder:
-        return Velocity(new_network(config, data, label_dim=0, model_channels=config.encoder_channels,
-                                    num_blocks=min(2, config.num_blocks))[0], heads=2)
-    return Velocity(new_network(config, data)[0], config.heads, config.phi if config.shakedrop else None)
+    if not encoder:
+        phi = config.phi if config.shakedrop else None
+        return Velocity(new_network(config, data)[0], config.heads, phi)
+    size = dict(model_channels=config.encoder_channels, num_blocks=min(2, config.num_blocks))
+    return Velocity(new_network(config, data, label_dim=0, **size)[0], heads=2)
 
 
-def training_costs(config):
-    """What each flow costs: iterations; evaluations of the net without and with a gradient; in forward passes, a gradient counting two.
-    The encoder counts as if it were as large as the net. The longer run of the baseline has as many passes as CUD."""
-    plain = 2 * config.heads - (config.dropout == 0) + (config.exact_rk and config.rk == "34")
-    graded = 1 + (not config.independent)
-    longer = round(config.steps * (plain + 3 * graded) / 3)
-    rows = {"cud": (config.steps, plain, graded), "rectified-flow": (config.steps, 0, 1), "rectified-flow-equal-compute": (longer, 0, 1)}
-    return {name: {"iterations": n, "forward": n * a, "forward_backward": n * b, "passes": n * (a + 3 * b)}
-            for name, (n, a, b) in rows.items() if config.baseline or name == "cud"}
+def begin(run, stream, optimizer, start, *nets):
+    """Each training sees the same draws; nets get the weights of `start`."""
+    torch.manual_seed(run.config.seed + 1)
+    stream.position = 0
+    optimizer.state.clear()
+    optimizer.zero_grad()
+    for net in nets:
+        net.load_state_dict(start.state_dict())
+
+
+def draw(run, stream):
+    """x0, noise (B, C, H, W); t, h, labels (B,)."""
+    n = run.config.batch_size
+    t, u = run.rand(n), run.rand(n)
+    x0, labels = stream.next()
+    noise = run.randn(n, *x0.shape[1:])
+    return x0, noise, t * (1 - EPS) + EPS, u / run.config.tn, labels
+
+
+def update(i, net, ema, optimizer, lr, warmup=1):
+    optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / max(1, warmup))
+    optimizer.step()
+    ema_update(ema, net, min(0.9999, (1 + i) / (10 + i)))
+
+
+def train_cud(config, run, stream, trained, emas, optimizer):
+    (net, *encoder), ema = trained, emas["cud"]
+
+    def loss_fn(w, x0, noise, t, h, labels):
+        z1, kl = encode(*encoder, x0, noise) if encoder else (noise, 0)
+        v = partial(net, labels=labels)
+        v_eval = partial(net.in_eval_mode, labels=labels) if config.dropout else None
+        loss = catch_up_loss(v, x0, z1, t, h, config.heads, w, v_eval)
+        return loss + config.kl_weight * kl
+
+    for i in run.steps(config.steps, "cud"):
+        if i == 0:
+            begin(run, stream, optimizer, ema, net)
+        w = 2 * i / config.steps if config.adaptive_weight else 1
+        batch = draw(run, stream)
+        run.loss = run.backward(optimizer, partial(loss_fn, w), *batch)
+        update(i, net, ema, optimizer, config.lr, config.warmup)
+
+
+def train_flow(config, run, stream, trained, emas, optimizer):
+    net, halfway, ema = trained[0], *[emas[name] for name in FLOWS]
+
+    def loss_fn(x0, noise, t, h, labels):
+        return flow_loss(partial(net, labels=labels), x0, noise, t)
+
+    targets = 2 * config.heads - (config.dropout == 0)  # evaluations
+    passes = targets + 3 * (2 - config.independent)  # backward counts as 2, the encoder as net
+    equal_compute = round(config.steps * passes / 3)
+    for i in run.steps(equal_compute, "rectified flow"):
+        if i == 0:
+            begin(run, stream, optimizer, ema, net)
+        run.loss = run.backward(optimizer, loss_fn, *draw(run, stream))
+        update(i, net, ema, optimizer, config.lr, config.warmup)
+        if i == config.steps - 1:  # as many iterations as CUD
+            halfway.load_state_dict(ema.state_dict())
+
+
+def train_one_step(config, run, stream, trained, emas, optimizer):
+    net, cud, ema = trained[0], emas["cud"], emas["cud-1step"]
+    seeds = torch.arange(config.distill_n) + 10**9 * (config.seed + 1)  # evaluation: 0, 1, ...
+    z = noise_from_seeds(seeds, net.net.img_shape, run.device).float()  # (N, C, H, W)
+    labels = (seeds % max(1, net.net.label_dim)).to(run.device)
+    x0 = z.new_empty(3, *z.shape)
+    for rows in torch.arange(len(z)).split(config.eval_batch):
+        x0[:, rows] = one_step_targets(partial(cud, labels=labels[rows]), z[rows]).float()
+
+    def loss_fn(z, x0, labels):
+        return one_step_loss(partial(net, labels=labels), partial(ema, labels=labels), z, x0)
+
+    for i in run.steps(3 * config.distill_steps, "one step"):
+        if i == 0:
+            begin(run, stream, optimizer, cud, net, ema)
+        rows = run.randint(config.distill_n, config.batch_size)
+        batch = z[rows], x0[i // config.distill_steps, rows], labels[rows]
+        run.loss = run.backward(optimizer, loss_fn, *batch)
+        update(i, net, ema, optimizer, config.distill_lr)
 
 
 def train(config, run=None):
-    """Train CUD, the baseline and the one-step student; return the EMA nets {row name: Velocity}."""
+    """Returns the EMAs of what the options ask for, {row name: Velocity}."""
     run = run or Run("cud", config)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
-    per_rank, mine = run.rows(config.batch_size)
-    shape = (data.channels, data.resolution, data.resolution)
-    net = make_net(config, data).to(run.device, memory_format=torch.channels_last)
-    encoder = [] if config.independent else [make_net(config, data, encoder=True).to(run.device, memory_format=torch.channels_last)]
-    parts = {"stream": Stream(data, per_rank, config.seed, config.flip, run.rank, run.world), "cud": Learner(config, net, *encoder)}
+    stream = Stream(data, config.batch_size, config.seed, config.flip)
+    trained = nn.ModuleList([make_net(config, data)])
+    if not config.independent:
+        trained.append(make_net(config, data, encoder=True))
+    trained.to(run.device, memory_format=torch.channels_last)
+    names = ["cud", *FLOWS * config.baseline, *["cud-1step"] * (config.distill_steps > 0)]
+    emas = nn.ModuleDict({name: copy.deepcopy(trained[0]) for name in names}).eval()
+    emas.requires_grad_(False)
+    optimizer = torch.optim.Adam(trained.parameters(), fused=True)
+    run.prepare(*trained)
+    run.resume(trained=trained, emas=emas, optimizer=optimizer, stream=stream)
+    state = stream, trained, emas, optimizer
+    train_cud(config, run, *state)
     if config.baseline:
-        parts.update(flow=Learner(config, copy.deepcopy(net)), halfway=copy.deepcopy(net).eval())
+        train_flow(config, run, *state)
     if config.distill_steps:
-        parts.update(student=Learner(config, copy.deepcopy(net)))
-    cud, flow, halfway, student, stream = map(parts.get, ("cud", "flow", "halfway", "student", "stream"))
-    prepare(config, *encoder, *(part.net for part in (cud, flow, student) if part))
-    run.say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(data.images):,} images")
-    first, begin = run.restore(parts), 0
-
-    def iterations(length, what):
-        """The next `length` iterations that are not done yet; all draws of a stage begin anew, so that both flows see the same."""
-        nonlocal begin
-        if first <= begin:
-            torch.manual_seed(config.seed + 1)
-            stream.position = 0
-        start, begin = begin, begin + length
-        for step in run.steps(max(first, start), begin, parts, what):
-            yield step - start
-
-    def draw():
-        """x0, noise (B, C, H, W); t, h, labels (B,): the global batch is drawn on every rank, which takes its own rows."""
-        t, u = torch.rand(2, config.batch_size, device=run.device)[:, mine]
-        noise = torch.randn(config.batch_size, *shape, device=run.device)[mine]
-        t = t * (1 - EPS) + EPS
-        x0, labels = stream.next()
-        return x0, noise, t, step_size(config.step_rule, t, u, config.tn), labels if config.conditional else None
-
-    def quietly(z, t, **labels):
-        net.eval()
-        v = net(z, t, **labels)
-        net.train()
-        return v
-
-    def cud_loss(i, x0, noise, t, h, labels):
-        weights = (2 * i / config.steps, 2 - 2 * i / config.steps) if config.adaptive_weight else (1, 1)
-        velocity = labelled(net, labels)
-        quiet = None if config.dropout == 0 else velocity if config.target_dropout else labelled(quietly, labels)
-        with autocast(run.device):
-            z1, kl = encode(*encoder, x0, noise) if encoder else (noise, 0)
-            return catch_up_loss(velocity, x0, z1, t, h, config.heads, weights, config.exact_rk, quiet) + config.kl_weight * kl
-
-    for i in iterations(config.steps, "cud"):
-        run.loss = cud.update(i, partial(cud_loss, i), draw(), config.lr * min(1, (i + 1) / max(1, config.warmup)))
-    models = {"cud": cud.ema}
-
-    if config.baseline:  # first as many iterations, then as many passes
-        def baseline_loss(x0, noise, t, h, labels):
-            with autocast(run.device):
-                return flow_loss(labelled(flow.net, labels), x0, noise, t)
-
-        for i in iterations(training_costs(config)["rectified-flow-equal-compute"]["iterations"], "rectified flow"):
-            run.loss = flow.update(i, baseline_loss, draw(), config.lr * min(1, (i + 1) / max(1, config.warmup)))
-            if i == config.steps - 1:
-                halfway.load_state_dict(flow.ema.state_dict())
-        models.update({"rectified-flow": halfway, "rectified-flow-equal-compute": flow.ema})
-
-    if config.distill_steps:
-        for own in (student.net, student.ema) if first <= begin else ():
-            own.load_state_dict(cud.ema.state_dict())
-        seeds = torch.arange(config.distill_n) + 10**9 * (config.seed + 1)  # the evaluation has 0, 1, ...
-        z, labels = noise_from_seeds(seeds, shape, run.device).float(), labels_for(seeds, net.net.label_dim, run.device)
-        own = torch.arange(config.distill_n, device=run.device)[share_of(config.distill_n)]
-        targets = z.new_empty(len(own), 3, *shape)
-        for i, target in zip(own.split(config.eval_batch), targets.split(config.eval_batch)):
-            ahead = along_euler(of_head(labelled(cud.ema, None if labels is None else labels[i])), z[i], 16)[2]
-            target.copy_(ahead[DISTILL_FROM,].transpose(0, 1))
-        targets = gather_rows(targets)
-
-        def student_loss(z, goal, labels):
-            with autocast(run.device):
-                return one_step_loss(labelled(student.net, labels), labelled(student.ema, labels), z, goal)
-
-        for i in iterations(3 * config.distill_steps, "one step"):  # targets: (distill_n, 3, C, H, W)
-            rows = torch.randint(config.distill_n, (config.batch_size,), device=run.device)[mine]
-            batch = z[rows], targets[rows, i // config.distill_steps], None if labels is None else labels[rows]
-            run.loss = student.update(i, student_loss, batch, config.distill_lr)
-        models["cud-1step"] = student.ema
-    return models
+        train_one_step(config, run, *state)
+    return emas
 
 
-# -------------------------------------------------------------------------------------------------------------------- measurement
+def samplers(config, nets):
+    """{(row name, NFE): sampler(noise, labels) -> x0}."""
+    def sampler(net, nfe, noise, labels):
+        return sample(partial(net, labels=labels), noise, nfe, config.solver)
 
-def evaluate(config, run, models, judge):
-    """Every model at every budget from the same held-out noise (seeds 0 ... eval_n - 1): rows, curves and pictures."""
-    def sampler(net, head, nfe):
-        return lambda noise, labels: sample(of_head(labelled(net, labels), head), noise, nfe, config.solver, config.order, config.walk)
-
-    shape, label_dim = models["cud"].net.img_shape, models["cud"].net.label_dim
-    seeds = range(min(256, config.eval_n))
-    noise, labels = noise_from_seeds(seeds, shape, run.device).float(), labels_for(seeds, label_dim, run.device)
-    samplers, straight, bends = {}, {}, {}
-    for name, net in models.items():
-        head = config.head if name == "cud" else 1
-        samplers.update({(name, nfe): sampler(net, head, nfe) for nfe in ((1,) if name == "cud-1step" else config.nfe)})
-        straight[name], from_line = straightness(of_head(labelled(net, labels), head), noise)
-        if name in ("cud", "rectified-flow"):
-            lines = {"mean": from_line.mean(1), "image 0": from_line[:, 0], "image 1": from_line[:, 1 % len(noise)]}
-            bends.update({f"{name}, {k}": (times(len(line) - 1).tolist(), line.tolist()) for k, line in lines.items()})
-    rows, pictures = measure(samplers, config, shape, run.device, judge, label_dim)
-    rows = [{**row, "straightness": straight[row["name"]]} for row in rows]
-    if run.rank > 0:
-        return rows
-    curves = {name: tuple(zip(*[(row["nfe"], row["fid"]) for row in rows if row["name"] == name])) for name in models}
-    pictures = {label.removeprefix("rectified-flow-"): images for label, images in pictures.items()}
-    save_rows(run.out / "samples.png", pictures)
-    save_curves(run.out / "fid.png", curves, "network evaluations", f"FID [{rows[0]['fid_features']}]", f"n = {config.eval_n}", log="xy")
-    save_curves(run.out / "trajectories.png", bends, "t", "RMS distance from the straight line", f"{config.dataset}: trajectories")
-    return rows
+    nfes = {name: (1,) if name == "cud-1step" else config.nfe for name in nets}
+    return {(k, nfe): partial(sampler, nets[k], nfe) for k in nets for nfe in nfes[k]}
 
 
 def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("cud", config)
-    judge = make_judge(config, run.device, unseen=True)
-    models = train(config, run)
-    results, costs = evaluate(config, run, models, judge), training_costs(config)
-    run.metrics(results, teacher="none", training_cost=costs)
-    run.say(table(results, ["name", "nfe", *SCORES, "straightness"]))
-    run.say(table([{"name": name, **cost} for name, cost in costs.items()], ["name", *costs["cud"]]))
-    run.say(f"{run.seconds():.0f} s; results in {run.out}: metrics.json, samples.png, fid.png, trajectories.png")
+    evaluator = make_evaluator(config, run.device, unseen=True)
+    nets = train(config, run)
+    rows, pictures = measure(run, samplers(config, nets), nets["cud"].net, evaluator)
+    save_rows(run.out / "samples.png", pictures)
+    save_fid_curves(run.out / "fid.png", rows)
+    run.finish(rows)
 
 
 if __name__ == "__main__":

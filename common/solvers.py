@@ -1,36 +1,51 @@
-"""Seven ways to walk down a grid of noise levels, all with one signature:
+"""Seven solvers of dx/dsigma = (x - D(x, sigma)) / sigma, all with one signature:
 
-    solver(denoiser, x, sigmas, *, sigmas_net=None, order=..., callback=None) -> x at sigmas[-1]
+    solver(denoiser, x, sigmas, *, sigmas_net=None, order=..., callback=None) -> x
 
-denoiser    D(x, sigma) -> x0_hat; wrap labels around it with functools.partial
-x           (B, ...), already scaled by sigmas[0]; the state is kept and returned in float64
-sigmas      (N+1,) strictly decreasing, may end in 0; N steps
-sigmas_net  (N+1,) noise levels *told to the network*; `sigmas` by default (LD3 decouples the two)
-order       the highest order used; the first steps of a multistep solver use what history there is
-callback    called as callback(i, x) with the state at sigmas[i], for i = 0 ... N
+denoiser    D(x, sigma) -> x0_hat; functools.partial adds labels
+x           (B, ...), unit noise times sigmas[0]; the state and the result are float64
+sigmas      (N + 1,) the time grid, strictly decreasing, may end in 0: N steps
+sigmas_net  (N + 1,) conditioning noise levels, which LD3 learns apart from the grid;
+            by default `sigmas`
+order       highest order; the first steps of a multistep solver use the history there is
+callback    called as callback(i, x) with the state at sigmas[i], i = 0 ... N
 
-Everything is differentiable in x, sigmas and sigmas_net. Network evaluations (nfe): N for euler, ipndm, dpmpp, deis and unipc;
-2N for heun and dpm2, 2N - 1 if the grid ends in 0 (their last step is then Euler's). Raises UsageError (a grid that does not
-decrease, an order that the solver does not offer) before the first evaluation.
+The result is the state at sigmas[-1], differentiable in x, sigmas and sigmas_net. Network
+evaluations (NFE): N for euler, ipndm, dpmpp, deis and unipc; 2N for heun and dpm2, or
+2N - 1 if the grid ends in 0, where their last step is Euler's. UsageError, before the first
+evaluation: a grid that does not decrease, an order that the solver does not have.
 """
 import numpy as np
 import torch
 
+from common import UsageError
 from common.diffusion import check_grid
-from common.training import UsageError
 
-ORDERS = {"euler": (1,), "heun": (2,), "ipndm": (1, 2, 3, 4), "dpmpp": (1, 2, 3), "dpm2": (2,), "deis": (1, 2, 3), "unipc": (1, 2, 3)}
+ORDERS = {
+    "euler": (1,),
+    "heun": (2,),
+    "ipndm": (1, 2, 3, 4),
+    "dpmpp": (1, 2, 3),
+    "dpm2": (2,),
+    "deis": (1, 2, 3),
+    "unipc": (1, 2, 3),
+}
 TWO_EVALUATIONS = ("heun", "dpm2")  # network evaluations per step; one for the others
 
 
 def _start(name, order, x, sigmas, sigmas_net, callback):
-    """Check the arguments; return the float64 state, both grids on its device, and a callback that may be called."""
+    """Check the arguments. Return the float64 state, both grids on its device, a callback."""
     if order not in ORDERS[name]:
-        raise UsageError(f"--order {order}: {name} offers {', '.join(map(str, ORDERS[name]))}")
-    sigmas = check_grid(torch.as_tensor(sigmas, dtype=torch.float64), "sigmas")  # where it lies: a GPU would have to be waited for
-    sigmas_net = sigmas if sigmas_net is None else torch.as_tensor(sigmas_net, dtype=torch.float64, device=sigmas.device)
+        offered = ", ".join(map(str, ORDERS[name]))
+        raise UsageError(f"--order {order}: {name} offers {offered}")
+    # The grids are checked where they are: copying them back from a GPU would wait for it.
+    sigmas = check_grid(torch.as_tensor(sigmas, dtype=torch.float64), "sigmas")
+    if sigmas_net is None:
+        sigmas_net = sigmas
+    sigmas_net = torch.as_tensor(sigmas_net, dtype=torch.float64, device=sigmas.device)
     if sigmas_net.shape != sigmas.shape or not (sigmas_net[sigmas > 0] > 0).all():
-        raise UsageError(f"sigmas_net: {tuple(sigmas_net.shape)} levels, {tuple(sigmas.shape)} are needed, above 0 where sigmas is")
+        raise UsageError(f"sigmas_net: {tuple(sigmas_net.shape)} levels, "
+                         f"{tuple(sigmas.shape)} are needed, above 0 where sigmas is")
     x, callback = x.double(), callback or (lambda i, x: None)
     callback(0, x)
     return x, sigmas.to(x.device), sigmas_net.to(x.device), callback
@@ -41,8 +56,13 @@ def _slope(denoiser, x, sigma):
     return (x - denoiser(x, sigma)) / sigma
 
 
+# ----------------------------------------------------------------------- one-step solvers
+
 def euler(denoiser, x, sigmas, *, sigmas_net=None, order=1, callback=None):
-    """Euler's method in sigma, which is DDIM (Song et al. 2021; the equality is section 3.4 of DPM-Solver, arXiv 2206.00927)."""
+    """x' = x + (sigma' - sigma) eps: Euler's method in sigma, which is DDIM.
+
+    DDIM: Song et al. 2021; the equality: DPM-Solver (arXiv 2206.00927), section 3.4.
+    """
     x, s, net, callback = _start("euler", order, x, sigmas, sigmas_net, callback)
     for i in range(len(s) - 1):
         x = x + (s[i + 1] - s[i]) * _slope(denoiser, x, net[i])
@@ -51,7 +71,10 @@ def euler(denoiser, x, sigmas, *, sigmas_net=None, order=1, callback=None):
 
 
 def heun(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
-    """Heun's method, EDM's sampler without churn (Karras et al. 2022, Alg. 1); a step to sigma = 0 is Euler's."""
+    """x' = x + (sigma' - sigma) (eps + eps') / 2, with eps' taken after an Euler step.
+
+    EDM's sampler without churn (Karras et al. 2022, Alg. 1). A step to sigma = 0 is Euler's.
+    """
     x, s, net, callback = _start("heun", order, x, sigmas, sigmas_net, callback)
     for i in range(len(s) - 1):
         h = s[i + 1] - s[i]
@@ -64,9 +87,11 @@ def heun(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
 
 
 def dpm2(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
-    """DPM-Solver-2, singlestep (Lu et al. 2022, arXiv 2206.00927, Alg. 1, r1 = 1/2): the midpoint rule with the midpoint in lambda.
+    """x' = x + (sigma' - sigma) eps(middle), sigma_middle = sqrt(sigma sigma').
 
-    The inner level is the geometric mean of the two ends (of sigmas and of sigmas_net alike); a step to sigma = 0 is Euler's.
+    DPM-Solver-2, singlestep (Lu et al. 2022, arXiv 2206.00927, Alg. 1, r1 = 1/2): the
+    midpoint rule with the midpoint in lambda. The conditioning noise level there is the
+    geometric mean of sigmas_net's two. A step to sigma = 0 is Euler's.
     """
     x, s, net, callback = _start("dpm2", order, x, sigmas, sigmas_net, callback)
     for i in range(len(s) - 1):
@@ -79,40 +104,54 @@ def dpm2(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
     return x
 
 
-ADAMS_BASHFORTH = {1: (1,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+# ---------------------------------------------------------------- multistep solvers in eps
+
+ADAMS_BASHFORTH = {
+    1: (1,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 def ipndm(denoiser, x, sigmas, *, sigmas_net=None, order=4, callback=None):
-    """iPNDM (Zhang & Chen 2022, arXiv 2204.13902): Adams-Bashforth in eps with the coefficients of a *uniform* grid on any grid."""
+    """x' = x + (sigma' - sigma) sum_j c_j eps_j, c the Adams-Bashforth coefficients.
+
+    iPNDM (Zhang & Chen 2022, arXiv 2204.13902): those of a *uniform* grid, on any grid.
+    """
     x, s, net, callback = _start("ipndm", order, x, sigmas, sigmas_net, callback)
     slopes = []  # newest first
     for i in range(len(s) - 1):
         slopes = [_slope(denoiser, x, net[i]), *slopes[: order - 1]]
-        x = x + (s[i + 1] - s[i]) * sum(c * e for c, e in zip(ADAMS_BASHFORTH[len(slopes)], slopes))
+        coefficients = ADAMS_BASHFORTH[len(slopes)]
+        x = x + (s[i + 1] - s[i]) * sum(c * e for c, e in zip(coefficients, slopes))
         callback(i + 1, x)
     return x
 
 
 def vp_time(sigma, beta_min=0.1, beta_d=19.9):
-    """t of the linear-beta VP process at which its noise level (in EDM's variables) is sigma (EDM, Table 1, inverted)."""
-    return ((beta_min**2 + 2 * beta_d * torch.log1p(sigma**2)).sqrt() - beta_min) / beta_d
+    """t of the linear-beta VP process at noise level sigma (EDM, Table 1, inverted)."""
+    root = (beta_min**2 + 2 * beta_d * torch.log1p(sigma**2)).sqrt()
+    return (root - beta_min) / beta_d
 
 
 _NODES, _WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(48))  # on [-1, 1]
 
 
 def deis(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
-    """tAB-DEIS (Zhang & Chen 2022, arXiv 2204.13902, Eq. 14-15): eps as a polynomial of degree `order` in VP time, integrated over sigma.
+    """x' = x + sum_j eps_j integral l_j(t(sigma)) dsigma, l_j Lagrange polynomials in VP time.
 
-    In our variables the semilinear part is gone and the weight of eps_j is the integral of the Lagrange polynomial l_j(t(sigma))
-    dsigma: Gauss-Legendre with 48 nodes a step. Degree 1 uses two evaluations, as AB2 does: `order` counts as in the paper's names.
+    tAB-DEIS (Zhang & Chen 2022, arXiv 2204.13902, Eq. 14-15), whose semilinear part vanishes
+    in our variables. Gauss-Legendre with 48 nodes a step. `order` is the polynomials' degree,
+    as in the paper's names: degree 1 uses two evaluations, as AB2 does.
     """
     x, s, net, callback = _start("deis", order, x, sigmas, sigmas_net, callback)
     nodes, weights = _NODES.to(x.device), _WEIGHTS.to(x.device)
     t = vp_time(s)
     slopes, times = [], []  # newest first
     for i in range(len(s) - 1):
-        slopes, times = [_slope(denoiser, x, net[i]), *slopes[:order]], [t[i], *times[:order]]
+        slopes = [_slope(denoiser, x, net[i]), *slopes[:order]]
+        times = [t[i], *times[:order]]
         half = (s[i + 1] - s[i]) / 2
         tau = vp_time((s[i] + s[i + 1]) / 2 + half * nodes)  # (48,)
         for j, slope in enumerate(slopes):
@@ -125,20 +164,26 @@ def deis(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
     return x
 
 
-def dpmpp(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
-    """DPM-Solver++, multistep (Lu et al. 2022, arXiv 2211.01095): polynomials in lambda of x0; the order falls to 1 at the end.
+# ----------------------------------------------------------------- multistep solvers in x0
 
-    Order 3 has half of the second-derivative term that Taylor's formula asks for, as in the paper's code, LD3's and diffusers': its
-    error is of second order, with a small constant. Kept, because every published "3M" number was made this way.
+def dpmpp(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
+    """x' = (sigma' / sigma) x + sigma' integral e^lambda x0(lambda) dlambda, x0 extrapolated.
+
+    DPM-Solver++, multistep (Lu et al. 2022, arXiv 2211.01095): x0 as a polynomial in lambda.
+    The order falls to 1 at the end.
+
+    Order 3 has half of the second-derivative term of Taylor's formula, as in the paper's
+    code, LD3's and diffusers': its error is of second order, with a small constant. Kept,
+    because every published "3M" number was made this way.
     """
     x, s, net, callback = _start("dpmpp", order, x, sigmas, sigmas_net, callback)
-    lam = -s[:-1].log()  # the last step is of order 1 and needs no lambda: at sigma = 0 its gradient would be NaN
+    lam = -s[:-1].log()  # without the last: at sigma = 0 its gradient would be NaN
     x0s = []  # newest first
     n = len(s) - 1
     for i in range(n):
         x0s = [denoiser(x, net[i]), *x0s[: order - 1]]
         k = min(len(x0s), n - i)
-        phi1 = s[i + 1] / s[i] - 1  # expm1(-h), finite even when the step ends at sigma = 0
+        phi1 = s[i + 1] / s[i] - 1  # expm1(-h), finite even in a step to sigma = 0
         update = -phi1 * x0s[0]
         if k > 1:
             h, h1 = lam[i + 1] - lam[i], lam[i] - lam[i - 1]
@@ -158,7 +203,10 @@ def dpmpp(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
 
 
 def _unipc_weights(r, hh):
-    """Weights of the k differences D_j: B(h) times the solution rho of R rho = b, R_ij = r_j^(i-1) (UniPC, Eq. 8). B(h) cancels."""
+    """The k weights B(h) rho, where R rho = b and R_ij = r_j^(i-1) (UniPC, Eq. 8).
+
+    b_i contains 1 / B(h), so B(h) cancels.
+    """
     phi, factorial, b = torch.expm1(hh) / hh - 1, 1, []
     for i in range(1, len(r) + 1):
         b.append(phi * factorial)
@@ -169,11 +217,16 @@ def _unipc_weights(r, hh):
 
 
 def unipc(denoiser, x, sigmas, *, sigmas_net=None, order=3, variant="bh1", callback=None):
-    """UniPC (Zhao et al. 2023, arXiv 2302.04867), multistep, x0-prediction: predictor UniP-k, then the corrector UniC-k, which re-uses
-    the evaluation that the next step needs anyway. The order falls to 1 at the end and the last step is not corrected: N evaluations.
+    """x' = (sigma' / sigma) x - (sigma' / sigma - 1) x0 - B(h) sum_j rho_j D_j / r_j.
 
-    As in the authors' code, a predictor of order 2 and a corrector of order 1 use rho = 1/2 instead of the solution: only there does
-    the variant, B(h) = h or e^h - 1, make a difference. LD3's code detaches the ratios r; here gradients flow through all coefficients.
+    D_j is x0 at another node minus the newest x0, r_j its distance in lambda over h.
+    UniPC (Zhao et al. 2023, arXiv 2302.04867), multistep, x0-prediction: the predictor UniP-k,
+    then the corrector UniC-k, which reuses the evaluation that the next step needs anyway.
+    The order falls to 1 at the end and the last step is not corrected: N evaluations.
+
+    As in the authors' code, a predictor of order 2 and a corrector of order 1 use rho = 1/2
+    instead of the solution. Only there does the variant matter: B(h) = h or e^h - 1. LD3's
+    code detaches the ratios r; here gradients flow through all coefficients.
     """
     x, s, net, callback = _start("unipc", order, x, sigmas, sigmas_net, callback)
     if variant not in ("bh1", "bh2"):
@@ -183,7 +236,7 @@ def unipc(denoiser, x, sigmas, *, sigmas_net=None, order=3, variant="bh1", callb
     x0s = [denoiser(x, net[0])]  # newest first
     for i in range(n):
         k = min(i + 1, order, n - i)
-        phi1 = s[i + 1] / s[i] - 1  # expm1(hh), finite even when the step ends at sigma = 0
+        phi1 = s[i + 1] / s[i] - 1  # expm1(hh), finite even in a step to sigma = 0
         base = s[i + 1] / s[i] * x - phi1 * x0s[0]
         hh = lam[i] - lam[min(i + 1, n - 1)]  # not used in the last step
         r = [(lam[i - j] - lam[i]) / -hh for j in range(1, k)]
@@ -204,9 +257,9 @@ SOLVERS = {f.__name__: f for f in (euler, heun, ipndm, dpmpp, dpm2, deis, unipc)
 
 
 def steps_for(solver, nfe, ends_in_zero=False):
-    """The number of steps that the solver named `solver` takes with exactly `nfe` network evaluations.
+    """The number of steps in which `solver` (a name) makes exactly `nfe` network evaluations.
 
-    Raises UsageError for an unknown solver, nfe < 1, or a count that a two-evaluation solver cannot hit.
+    UsageError: an unknown solver, nfe < 1, or a count that two evaluations a step cannot give.
     """
     if solver not in SOLVERS:
         raise UsageError(f"--solver {solver}: unknown, choose one of {', '.join(SOLVERS)}")
@@ -215,6 +268,8 @@ def steps_for(solver, nfe, ends_in_zero=False):
     if solver not in TWO_EVALUATIONS:
         return nfe
     if (nfe + ends_in_zero) % 2:
-        raise UsageError(f"--nfe {nfe}: {solver} takes two evaluations a step{', one in the last' if ends_in_zero else ''}; "
-                         f"choose {f'{nfe - 1} or ' if nfe > 1 else ''}{nfe + 1}")
+        last = ", one in the last" if ends_in_zero else ""
+        fewer = f"{nfe - 1} or " if nfe > 1 else ""
+        raise UsageError(f"--nfe {nfe}: {solver} takes two evaluations a step{last}; "
+                         f"choose {fewer}{nfe + 1}")
     return (nfe + ends_in_zero) // 2

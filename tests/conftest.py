@@ -1,4 +1,8 @@
-"""Every test: one thread (many tiny operations, several workers), a cache of its own instead of the user's, and no network."""
+"""Every test: one thread, a cache of its own instead of the user's, no network.
+
+One thread because operations are tiny and several workers share the machine.
+"""
+
 import os
 import urllib.request
 

@@ -1,7 +1,8 @@
-"""What the tests of all scripts have in common: a run by its command line, and the refusal of bad input."""
+"""What the tests of all scripts share: a run by its command line, and the refusal of bad input."""
+
 import pytest
 
-from common.training import UsageError
+from common import UsageError
 
 EVERYWHERE = [  # (arguments, what the refusal names), of any script
     (["--out", "FOREIGN"], ["--out", "foreign.pt"]),
@@ -18,10 +19,15 @@ def run_script(script, monkeypatch, *arguments):
 
 
 def assert_refused(script, monkeypatch, tmp_path, arguments, names, **places):
-    """One line that has all `names`, before any work. Arguments that `places` knows stand for these; FOREIGN is a file of somebody else."""
+    """One line that has all `names`, before any work.
+
+    Arguments that `places` knows stand for these; FOREIGN is a file of somebody else.
+    """
     places["FOREIGN"] = tmp_path / "foreign.pt"
     places["FOREIGN"].write_bytes(b"\x80\x04not ours")
+    arguments = [places.get(a, a) for a in arguments]
     with pytest.raises(UsageError) as error:
-        run_script(script, monkeypatch, "--out", tmp_path / "run", *[places.get(a, a) for a in arguments])
-    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names), error.value
+        run_script(script, monkeypatch, "--out", tmp_path / "run", *arguments)
+    message = str(error.value)
+    assert "\n" not in message and all(name in message for name in names), message
     assert not (tmp_path / "run" / "metrics.json").exists()

@@ -1,12 +1,21 @@
-"""common/classifier.py: it classifies, its gradients are right, and what is cached is what was asked for."""
+"""common/classifier.py: accuracy, gradients, random numbers, and what is cached."""
+
 import pytest
 import torch
 from PIL import Image
 
-from common import classifier
-from common.classifier import Classifier, accuracy, load_classifier, random_shift, read_classifier, save_classifier, train_classifier
+from common import UsageError, classifier
+from common.classifier import (
+    Classifier,
+    accuracy,
+    load_classifier,
+    random_shift,
+    read_classifier,
+    save_classifier,
+    train_classifier,
+)
 from common.datasets import ASSETS, Dataset, load_dataset, to_float
-from common.training import UsageError, load_checkpoint, save_checkpoint
+from common.machinery.files import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +29,11 @@ def shipped():
     return load_classifier("digits", "cpu")
 
 
-def test_the_shipped_classifier_reads_digits_it_never_saw(shipped):
+def test_the_shipped_classifier_recognises_held_out_digits(shipped):
     share = accuracy(shipped, load_dataset("digits", "test"))
     assert share >= 0.975
-    assert share == load_checkpoint(ASSETS / "digits-classifier.pt")["accuracy"]  # fp16 on disk changed nothing
+    stored = load_checkpoint(ASSETS / "digits-classifier.pt")
+    assert share == stored["accuracy"]  # fp16 on disk changed nothing
     assert (ASSETS / "digits-classifier.pt").stat().st_size < 300_000
     assert not shipped.training and not any(p.requires_grad for p in shipped.parameters())
 
@@ -34,6 +44,7 @@ def test_accuracy_counts_over_all_batches():
 
     def constant(x):
         return None, torch.tensor([0.0, 1.0, 0.0]).expand(len(x), 3)
+
     assert accuracy(constant, data) == pytest.approx(1 / 3)
 
 
@@ -45,12 +56,14 @@ def test_features_are_the_averaged_last_map_and_feed_the_logits(shipped):
     torch.testing.assert_close(features, maps[-1].flatten(2).sum(2) / 4)
     torch.testing.assert_close(logits, features @ shipped.head.weight.T + shipped.head.bias)
     torch.testing.assert_close(shipped.stages[2](shipped.stages[1](maps[0])), maps[2])
-    assert [m.shape[-1] for m in Classifier(28, 1, 10).feature_maps(torch.zeros(1, 1, 28, 28))] == [14, 7, 4]
+    larger = Classifier(28, 1, 10).feature_maps(torch.zeros(1, 1, 28, 28))
+    assert [m.shape[-1] for m in larger] == [14, 7, 4]
 
 
 def test_its_features_span_their_space(shipped):
     features = shipped(to_float(load_dataset("digits").images))[0].double()
-    assert torch.linalg.eigvalsh(features.T.cov()).min() > 1e-4  # 64 dimensions: a covariance of full rank
+    # 64 dimensions: a covariance of full rank.
+    assert torch.linalg.eigvalsh(features.T.cov()).min() > 1e-4
 
 
 def test_images_do_not_influence_each_other(shipped):
@@ -63,8 +76,11 @@ def test_the_gradient_with_respect_to_the_image_is_right(shipped):
     generator = torch.Generator().manual_seed(0)
     x, direction = torch.randn(2, 2, 1, 8, 8, dtype=torch.float64, generator=generator)
     weights = torch.randn(2, 64, dtype=torch.float64, generator=generator)
-    for score in (lambda x: (net(x)[0] * weights).sum(), lambda x: net(x)[1].log_softmax(1)[:, 3].sum()):
-        gradient, = torch.autograd.grad(score(x.requires_grad_()), x)
+    for score in (
+        lambda x: (net(x)[0] * weights).sum(),
+        lambda x: net(x)[1].log_softmax(1)[:, 3].sum(),
+    ):
+        (gradient,) = torch.autograd.grad(score(x.requires_grad_()), x)
         with torch.no_grad():
             slope = (score(x + 1e-5 * direction) - score(x - 1e-5 * direction)) / 2e-5
         torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-8)
@@ -81,7 +97,8 @@ def test_shifts_move_every_image_its_own_way():
     shifted = random_shift(image.expand(400, 2, 3, 5), 1, torch.Generator().manual_seed(0))
     padded = torch.full((2, 5, 7), -1.0)
     padded[:, 1:4, 1:6] = image[0]
-    windows = torch.stack([padded[:, i:i + 3, j:j + 5] for i in range(3) for j in range(3)])  # all nine that there are
+    windows = [padded[:, i : i + 3, j : j + 5] for i in range(3) for j in range(3)]
+    windows = torch.stack(windows)  # all nine that there are
     match = (shifted[:, None] == windows).flatten(2).all(2)  # (400, 9)
     assert (match.sum(1) == 1).all() and (match.sum(0) > 25).all()  # 44 of each expected
 
@@ -94,11 +111,64 @@ def test_training_is_deterministic_and_leaves_the_global_generator_alone():
     first = torch.rand(1)
     (b, share_b), (c, _) = (train_classifier("digits", seed=seed, steps=4) for seed in (1, 2))
     assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
-    assert share == share_b and all(torch.equal(a.state_dict()[k], v) for k, v in b.state_dict().items())
+    assert share == share_b
+    assert all(torch.equal(a.state_dict()[k], v) for k, v in b.state_dict().items())
     assert not torch.equal(a.head.weight, c.head.weight)
 
 
-def test_training_teaches(capsys):
+def test_the_initial_weights_are_those_of_the_seed(monkeypatch):
+    """As after torch.manual_seed: the shipped classifier can be trained again."""
+    drawn = []
+
+    class Spy(Classifier):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            drawn.append(self.head.weight.detach().clone())
+
+    monkeypatch.setattr(classifier, "Classifier", Spy)
+    train_classifier("digits", seed=3, steps=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        expected = Classifier(8, 1, 10, 16).head.weight
+    assert torch.equal(drawn[0], expected)
+
+
+def test_training_does_not_reseed_other_generators(monkeypatch):
+    """torch.manual_seed also seeds CUDA, which a fork of the CPU's generator does not restore."""
+    seeded = []
+    for name in ("manual_seed", "manual_seed_all"):
+        monkeypatch.setattr(torch.cuda, name, seeded.append)
+    train_classifier("digits", seed=1, steps=2)
+    assert seeded == []
+    torch.manual_seed(2)
+    assert seeded == [2]  # this is what the test observes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_training_on_a_gpu_leaves_its_generator_alone():
+    torch.manual_seed(5)
+    torch.rand(3, device="cuda")
+    before = torch.get_rng_state(), torch.cuda.get_rng_state()
+    train_classifier("digits", seed=1, device="cuda", steps=2)
+    after = torch.get_rng_state(), torch.cuda.get_rng_state()
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_one_rank_trains_on_whole_batches(monkeypatch):
+    """The other ranks wait at the lock, so the batches must not be shared with them."""
+    sizes = []
+
+    def spy(x, most, generator):
+        sizes.append(len(x))
+        return random_shift(x, most, generator)
+
+    monkeypatch.setattr("common.datasets.rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(classifier, "random_shift", spy)
+    train_classifier("digits", steps=2)
+    assert sizes == [classifier.BATCH_SIZE] * 2
+
+
+def test_training_reduces_the_error(capsys):
     net, share = train_classifier("digits", steps=60)
     assert share > 0.85 and share == accuracy(net, load_dataset("digits", "test"))
     assert f"{100 * share:.2f} % of 297 held-out images" in capsys.readouterr().out
@@ -111,7 +181,7 @@ def test_a_file_gives_back_the_same_net(tmp_path):
     x = to_float(load_dataset("digits").images[:5])
     assert all(torch.equal(a, b) for a, b in zip(net(x), again(x)))
     save_checkpoint(tmp_path / "other.pt", "teacher", {})
-    with pytest.raises(UsageError, match="teacher, not a classifier"):
+    with pytest.raises(UsageError, match="teacher checkpoint, not a classifier"):
         read_classifier(tmp_path / "other.pt", "cpu")
 
 
@@ -121,14 +191,23 @@ def test_a_classifier_is_trained_once_per_seed_length_and_folder(tmp_path, monke
     def train(name, seed, device, data_dir, steps):
         trained.append((name, seed, data_dir, steps))
         return Classifier(8, 1, len(trained), width=2).eval(), 0.5
+
     monkeypatch.setattr(classifier, "train_classifier", train)
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         Image.new("L", (8, 8)).save(tmp_path / folder / "a.png")
-    wanted = [("digits", 1, None, None), ("digits", 1, None, 7), *(("folder", 0, tmp_path / name, None) for name in ("one", "two"))]
+    wanted = [
+        ("digits", 1, None, None),
+        ("digits", 1, None, 7),
+        *(("folder", 0, tmp_path / name, None) for name in ("one", "two")),
+    ]
     for _ in range(2):
-        nets = [load_classifier(name, "cpu", seed, data_dir, steps) for name, seed, data_dir, steps in wanted]
-        assert [net.head.out_features for net in nets] == [1, 2, 3, 4] and not any(net.training for net in nets)
+        nets = [
+            load_classifier(name, "cpu", seed, data_dir, steps)
+            for name, seed, data_dir, steps in wanted
+        ]
+        assert [net.head.out_features for net in nets] == [1, 2, 3, 4]
+        assert not any(net.training for net in nets)
     assert trained == wanted
     load_classifier("digits", "cpu")  # shipped
     assert trained == wanted
@@ -136,7 +215,8 @@ def test_a_classifier_is_trained_once_per_seed_length_and_folder(tmp_path, monke
 
 def test_images_without_labels_are_turned(tmp_path):
     images = torch.randint(0, 256, (3, 1, 6, 6), dtype=torch.uint8)
-    data = classifier._with_labels(Dataset("folder", images, torch.zeros(3, dtype=torch.int64), 0, "all"))
+    unlabelled = Dataset("folder", images, torch.zeros(3, dtype=torch.int64), 0, "all")
+    data = classifier._with_labels(unlabelled)
     assert data.num_classes == 4 and len(data.images) == len(data.labels) == 12
     for image, label, i in zip(data.images, data.labels.tolist(), [0, 1, 2] * 4):
         assert torch.equal(image.rot90(-label, (1, 2)), images[i])
@@ -152,8 +232,14 @@ def test_the_command_trains_and_writes(tmp_path, monkeypatch, capsys):
     argv = ["--dataset", "folder", "--data-dir", str(tmp_path / "set"), "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["classifier", *argv, "--out", str(tmp_path / "net.pt")])
     classifier.main()
-    assert read_classifier(tmp_path / "net.pt", "cpu").arch == {"img_resolution": 8, "img_channels": 3, "num_classes": 2, "width": 4}
-    assert "of 2 training images" in capsys.readouterr().out  # this folder has no test part, and the line says so
+    assert read_classifier(tmp_path / "net.pt", "cpu").arch == {
+        "img_resolution": 8,
+        "img_channels": 3,
+        "num_classes": 2,
+        "width": 4,
+    }
+    # This folder has no test part, and the line says so.
+    assert "of 2 training images" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["classifier", *argv])
     classifier.main()
     assert list((tmp_path / "cache").glob("folder-*-classifier-seed0.pt"))

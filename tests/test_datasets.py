@@ -1,11 +1,11 @@
-"""common/datasets.py: the right pixels under the right labels, in an order that one integer resumes."""
+"""common/datasets.py, common/machinery/large_data.py: pixels, labels, and a resumable order."""
+
 import gzip
 import hashlib
 import io
 import json
 import os
 import pickle
-import resource
 import threading
 import urllib.error
 import zipfile
@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common import datasets
+from common import UsageError, datasets
 from common.datasets import Dataset, Stream, fingerprint, load_dataset, to_float, to_uint8
-from common.training import UsageError
+from common.machinery import large_data
+from common.machinery.files import locked
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +35,18 @@ def refused(*args, **kwargs):
     return str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- digits
+# --------------------------------------------------------------------------------- digits
+
 
 def test_digits_are_the_1797_images_of_the_source():
     train, test = load_dataset("digits"), load_dataset("digits", "test")
-    assert len(train.images) == len(train.labels) == 1500 and len(test.images) == len(test.labels) == 297
-    assert (train.resolution, train.channels, train.num_classes, train.split, test.split) == (8, 1, 10, "train", "test")
+    assert len(train.images) == len(train.labels) == 1500
+    assert len(test.images) == len(test.labels) == 297
+    assert (train.resolution, train.channels, train.num_classes) == (8, 1, 10)
+    assert (train.split, test.split) == ("train", "test")
     images = torch.cat([train.images, test.images])
-    levels = torch.tensor([[0, 0, 5, 13, 9, 1, 0, 0], [0, 0, 13, 15, 10, 15, 5, 0]])  # the first two rows of the first line of the csv
+    # The first two rows of the first line of the csv.
+    levels = torch.tensor([[0, 0, 5, 13, 9, 1, 0, 0], [0, 0, 13, 15, 10, 15, 5, 0]])
     assert torch.equal(images[0, 0, :2].float(), (levels * 255 / 16).round())
     assert hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16] == "b41ca9fd335466ee"
     assert set(images.unique().tolist()) == {round(v * 255 / 16) for v in range(17)}
@@ -50,7 +55,8 @@ def test_digits_are_the_1797_images_of_the_source():
 def test_digits_have_their_labels():
     train, test = load_dataset("digits"), load_dataset("digits", "test")
     assert train.labels[:12].tolist() == [*range(10), 0, 1]
-    means = torch.stack([train.images[train.labels == k].double().mean(0) for k in range(10)])  # (10, 1, 8, 8)
+    means = [train.images[train.labels == k].double().mean(0) for k in range(10)]
+    means = torch.stack(means)  # (10, 1, 8, 8)
     nearest = (test.images[:, None].double() - means).square().sum((2, 3, 4)).argmin(1)
     assert (nearest == test.labels).double().mean() > 0.85
 
@@ -62,14 +68,16 @@ def test_digits_name_their_source():
 
 
 def test_the_channels_are_known_without_loading():
-    assert [datasets.shape_of(name, None)[0] for name in ("digits", "mnist", "cifar10", "imagenet64")] == [1, 1, 3, 3]
+    names = ("digits", "mnist", "cifar10", "imagenet64")
+    assert [datasets.shape_of(name, None)[0] for name in names] == [1, 1, 3, 3]
 
 
 def test_an_unknown_data_set_is_refused():
     assert "--dataset cifar: unknown" in refused("cifar") and "cifar10" in refused("cifar")
 
 
-# ---------------------------------------------------------------------------------------------------------- bytes and floats
+# ----------------------------------------------------------------------- bytes and floats
+
 
 def test_all_bytes_survive_the_way_to_floats_and_back():
     all_bytes = torch.arange(256, dtype=torch.uint8)
@@ -79,16 +87,27 @@ def test_all_bytes_survive_the_way_to_floats_and_back():
     assert to_uint8(torch.tensor([-1.5, 1.5, 0.0])).tolist() == [0, 255, 128]
 
 
-# ------------------------------------------------------------------------------------------------------- torchvision's sets
+# --------------------------------------------------------------------- torchvision's sets
+
 
 def write_mnist(folder, packed):
-    """Four idx files: 5 training and 3 test images, pixel (row 1, column 2) of image i = 10 i, labels 9, 8, 7, ..."""
+    """Four idx files: 5 training and 3 test images, labels 9, 8, 7, ...
+
+    Pixel (row 1, column 2) of image i is 10 i.
+    """
     folder.mkdir(parents=True)
     for prefix, n in (("train", 5), ("t10k", 3)):
         images = np.zeros((n, 28, 28), np.uint8)
         images[:, 1, 2] = 10 * np.arange(n)
-        for name, array in ((f"{prefix}-images-idx3-ubyte", images), (f"{prefix}-labels-idx1-ubyte", (9 - np.arange(n)).astype(np.uint8))):
-            content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+        for name, array in (
+            (f"{prefix}-images-idx3-ubyte", images),
+            (f"{prefix}-labels-idx1-ubyte", (9 - np.arange(n)).astype(np.uint8)),
+        ):
+            content = (
+                bytes([0, 0, 8, array.ndim])
+                + np.array(array.shape, ">u4").tobytes()
+                + array.tobytes()
+            )
             if packed:
                 (folder / f"{name}.gz").write_bytes(gzip.compress(content))
             else:
@@ -101,49 +120,65 @@ def test_mnist_is_read_where_it_lies(tmp_path, packed, no_network):
     before = sorted((tmp_path / "data").rglob("*"))
     for split, n in (("train", 5), ("test", 3)):
         data = load_dataset("mnist", split, tmp_path / "data")
-        assert data.images.shape == (n, 1, 28, 28) and data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64
-        assert data.images[:, 0, 1, 2].tolist() == [10 * i for i in range(n)] and int(data.images.sum()) == sum(range(n)) * 10
+        assert data.images.shape == (n, 1, 28, 28)
+        assert data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64
+        assert data.images[:, 0, 1, 2].tolist() == [10 * i for i in range(n)]
+        assert int(data.images.sum()) == sum(range(n)) * 10
         assert data.labels.tolist() == [9 - i for i in range(n)] and data.num_classes == 10
-    assert sorted((tmp_path / "data").rglob("*")) == before  # nothing was unpacked into the user's folder
+    # Nothing was unpacked into the user's folder.
+    assert sorted((tmp_path / "data").rglob("*")) == before
 
 
 def test_cifar10_has_its_channels_first(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
+
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     image = np.arange(3072).reshape(3, 32, 32)
     for name, i in (("data_batch_1", 0), ("test_batch", 1)):
-        (folder / name).write_bytes(pickle.dumps({"data": (image.reshape(1, -1) % 251 + i).astype(np.uint8), "labels": [7 + i]}))
+        pixels = (image.reshape(1, -1) % 251 + i).astype(np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [7 + i]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": None}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
     for i, split in enumerate(("train", "test")):
         data = load_dataset("cifar10", split, tmp_path)
-        assert np.array_equal(data.images[0].numpy(), image % 251 + i) and data.labels.tolist() == [7 + i]
+        assert np.array_equal(data.images[0].numpy(), image % 251 + i)
+        assert data.labels.tolist() == [7 + i]
 
 
 @pytest.fixture
 def no_network(monkeypatch):
     def fail(*args, **kwargs):
         raise urllib.error.URLError("no network")
+
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fail)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
 
 
 def test_a_failed_download_says_what_from_where_and_where_to(tmp_path, cache, no_network):
     message = refused("mnist")
-    for part in ("mnist", "no network", "train-images-idx3-ubyte.gz", "https://ossci-datasets.s3.amazonaws.com/mnist/",
-                 str(cache / "data" / "MNIST" / "raw"), "--data-dir"):
+    for part in (
+        "mnist",
+        "no network",
+        "train-images-idx3-ubyte.gz",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        str(cache / "data" / "MNIST" / "raw"),
+        "--data-dir",
+    ):
         assert part in message
     message = refused("cifar10", data_dir=tmp_path)
-    assert "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in message and str(tmp_path) in message
+    assert "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in message
+    assert str(tmp_path) in message
 
 
 def test_a_file_cut_short_is_refused(tmp_path, no_network):
     folder = tmp_path / "MNIST" / "raw"
     write_mnist(folder, packed=False)
-    (folder / "train-images-idx3-ubyte").write_bytes((folder / "train-images-idx3-ubyte").read_bytes()[:-9])
+    file = folder / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-9])
     assert "no readable copy" in refused("mnist", data_dir=tmp_path)
 
 
@@ -157,9 +192,10 @@ def test_a_lock_lets_one_in_at_a_time(tmp_path):
     events = []
 
     def other():
-        with datasets.locked(tmp_path / "x"):
+        with locked(tmp_path / "x"):
             events.append("other")
-    with datasets.locked(tmp_path / "x"):
+
+    with locked(tmp_path / "x"):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join(0.2)
@@ -171,14 +207,15 @@ def test_a_lock_lets_one_in_at_a_time(tmp_path):
 def test_who_has_the_lock_sweeps_what_a_killed_process_left(tmp_path):
     for name in ("x.12.part", "x", "y.12.part"):
         (tmp_path / name).write_text("")
-    with datasets.locked(tmp_path / "x"):
+    with locked(tmp_path / "x"):
         assert {file.name for file in tmp_path.iterdir()} == {"x", "x.lock", "y.12.part"}
 
 
-# ------------------------------------------------------------------------------------------------------------ folders and zips
+# ----------------------------------------------------------------------- folders and zips
+
 
 def pixels(value, channels=3, size=4):
-    """An image with `value` in its top left corner, other levels elsewhere, other channels above."""
+    """An image with `value` in its top left corner, and other values elsewhere."""
     array = np.arange(channels * size * size, dtype=np.uint8).reshape(size, size, channels)
     array[0, 0, 0] = value
     return array
@@ -201,8 +238,16 @@ def corners(data):
 
 
 def test_sub_folders_are_the_classes(tmp_path):
-    write(tmp_path, {"dog/deep/a.png": png(pixels(200)), "cat/b.png": png(pixels(100)), "ant/c.png": png(pixels(50)),
-                     "ant/notes.txt": b"no image", "ant/._c.png": b"a Mac's shadow file"})
+    write(
+        tmp_path,
+        {
+            "dog/deep/a.png": png(pixels(200)),
+            "cat/b.png": png(pixels(100)),
+            "ant/c.png": png(pixels(50)),
+            "ant/notes.txt": b"no image",
+            "ant/._c.png": b"a Mac's shadow file",
+        },
+    )
     data = load_dataset("folder", "train", tmp_path)
     assert corners(data) == {50: 0, 100: 1, 200: 2} and (data.num_classes, data.split) == (3, "all")
     expected = np.stack([pixels(v).transpose(2, 0, 1) for v in (50, 100, 200)])
@@ -211,7 +256,14 @@ def test_sub_folders_are_the_classes(tmp_path):
 
 
 def test_train_and_test_are_the_splits_and_share_the_classes(tmp_path):
-    write(tmp_path, {"train/cat/a.png": png(pixels(1)), "train/dog/a.png": png(pixels(2)), "test/dog/a.png": png(pixels(3))})
+    write(
+        tmp_path,
+        {
+            "train/cat/a.png": png(pixels(1)),
+            "train/dog/a.png": png(pixels(2)),
+            "test/dog/a.png": png(pixels(3)),
+        },
+    )
     train, test = (load_dataset("folder", split, tmp_path) for split in ("train", "test"))
     assert corners(train) == {1: 0, 2: 1} and corners(test) == {3: 1}
     assert (train.split, test.split, train.num_classes, test.num_classes) == ("train", "test", 2, 2)
@@ -228,26 +280,54 @@ def test_a_flat_folder_has_no_labels(tmp_path):
 def test_a_zip_of_edm_carries_its_labels(tmp_path, name):
     files = {f"0000{i}/img{i}.png": png(pixels(10 * i)) for i in range(3)}
     labels = [["00000/img0.png", 5], ["00002/img2.png", 0], ["00001/img1.png", 3]]
-    for content, expected, classes in (({"labels": labels}, {0: 5, 10: 3, 20: 0}, 6), ({"labels": None}, {0: 0, 10: 0, 20: 0}, 0)):
+    for content, expected, classes in (
+        ({"labels": labels}, {0: 5, 10: 3, 20: 0}, 6),
+        ({"labels": None}, {0: 0, 10: 0, 20: 0}, 0),
+    ):
         with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
             for file, data in {**files, "dataset.json": json.dumps(content)}.items():
                 archive.writestr(file, data)
         data = load_dataset(name, "train", tmp_path / "set.zip")
         assert corners(data) == expected and data.num_classes == classes and data.name == name
-        assert datasets.shape_of(name, tmp_path / "set.zip") == ((3, 64, 64) if name == "imagenet64" else data.images.shape[1:])
+        assert datasets.shape_of(name, tmp_path / "set.zip") == (
+            (3, 64, 64) if name == "imagenet64" else data.images.shape[1:]
+        )
 
 
-@pytest.mark.parametrize("files, parts", [
-    ({}, ["no images"]),
-    ({"a.png": png(pixels(1)), "b.png": png(pixels(2, size=6)), "c.png": png(pixels(2, size=8))}, ["b.png", "(3, 6, 6)", "(3, 4, 4)"]),
-    ({"a.png": png(pixels(1)), "b.png": png(pixels(2, channels=1))}, ["b.png", "(1, 4, 4)", "(3, 4, 4)"]),
-    ({"a.png": png(pixels(1)), "b.png": png(pixels(1))[:40]}, ["b.png", "not a readable image"]),
-    ({"a.png": png(pixels(1)[:2])}, ["a.png", "4x2", "square"]),
-    ({"a.png": png(pixels(1, channels=4))}, ["a.png", "RGBA"]),
-    ({"a/a.png": png(pixels(1)), "b/b.png": png(pixels(1)), "dataset.json": b'{"labels": [["a/a.png", 1]]}'}, ["b/b.png", "no label"]),
-    ({"a.png": png(pixels(1)), "dataset.json": b'{"labels": [1, 2]}'}, ["dataset.json"]),
-    ({"a.png": png(pixels(1)), "dataset.json": b"{"}, ["dataset.json"]),
-])
+@pytest.mark.parametrize(
+    "files, parts",
+    [
+        ({}, ["no images"]),
+        (
+            {
+                "a.png": png(pixels(1)),
+                "b.png": png(pixels(2, size=6)),
+                "c.png": png(pixels(2, size=8)),
+            },
+            ["b.png", "(3, 6, 6)", "(3, 4, 4)"],
+        ),
+        (
+            {"a.png": png(pixels(1)), "b.png": png(pixels(2, channels=1))},
+            ["b.png", "(1, 4, 4)", "(3, 4, 4)"],
+        ),
+        (
+            {"a.png": png(pixels(1)), "b.png": png(pixels(1))[:40]},
+            ["b.png", "not a readable image"],
+        ),
+        ({"a.png": png(pixels(1)[:2])}, ["a.png", "4x2", "square"]),
+        ({"a.png": png(pixels(1, channels=4))}, ["a.png", "RGBA"]),
+        (
+            {
+                "a/a.png": png(pixels(1)),
+                "b/b.png": png(pixels(1)),
+                "dataset.json": b'{"labels": [["a/a.png", 1]]}',
+            },
+            ["b/b.png", "no label"],
+        ),
+        ({"a.png": png(pixels(1)), "dataset.json": b'{"labels": [1, 2]}'}, ["dataset.json"]),
+        ({"a.png": png(pixels(1)), "dataset.json": b"{"}, ["dataset.json"]),
+    ],
+)
 def test_a_folder_that_is_no_data_set_is_refused(tmp_path, files, parts):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -270,18 +350,22 @@ def test_fingerprints_tell_folders_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert first == fingerprint("folder", "one")  # however it is written
     write(tmp_path, {"one/b.png": png(pixels(1))})
-    assert first != fingerprint("folder", tmp_path / "one") and fingerprint("mnist", tmp_path / "one") == ""
+    assert first != fingerprint("folder", tmp_path / "one")
+    assert fingerprint("mnist", tmp_path / "one") == ""
 
 
-# ---------------------------------------------------------------------------------------------------------- downsampled ImageNet
+# ------------------------------------------------------------------- downsampled ImageNet
 
-ORDER = np.random.default_rng(7).permutation(1000)  # ORDER[k - 1]: the place of their class k among the sorted WordNet ids
+# ORDER[k - 1]: the place of class k of downsampled ImageNet among the sorted WordNet ids.
+ORDER = np.random.default_rng(7).permutation(1000)
 
 
 def imagenet(rows, k=4):
-    """Pixels (rows, 3, k, k) and labels 1 ... 1000, both ends among them, and the last of the sorted classes."""
+    """Pixels (rows, 3, k, k) and labels: 1, 1000, the last of the sorted classes, any others."""
     rng = np.random.default_rng(rows)
-    return rng.integers(0, 256, (rows, 3, k, k), np.uint8), [1000, 1, int(ORDER.argmax()) + 1, *rng.integers(1, 1001, rows - 3).tolist()]
+    pixels = rng.integers(0, 256, (rows, 3, k, k), np.uint8)
+    others = rng.integers(1, 1001, rows - 3).tolist()
+    return pixels, [1000, 1, int(ORDER.argmax()) + 1, *others]
 
 
 def write_classes(folder):
@@ -290,17 +374,27 @@ def write_classes(folder):
 
 
 def write_batches(folder, kind="4", n=23):
-    """Ten batches to train on and val_data, as npz or in a protocol of pickle; 'np' labels are numpy's numbers."""
+    """Ten training batches and val_data, as npz or in a protocol of pickle.
+
+    'np': the labels are numpy's numbers.
+    """
     folder.mkdir(exist_ok=True)
     write_classes(folder)
-    for names, rows in ((datasets.BATCHES["train"], n), (datasets.BATCHES["test"], 5)):
+    for split, rows in (("train", n), ("test", 5)):
+        names = large_data.BATCHES[split]
         pixels, labels = imagenet(rows)
         for name, part in zip(names, np.array_split(np.arange(rows), len(names))):
-            content = {"data": pixels[part].reshape(len(part), -1), "labels": [labels[i] for i in part], "mean": pixels.mean(0).ravel()}
+            content = {
+                "data": pixels[part].reshape(len(part), -1),
+                "labels": [labels[i] for i in part],
+                "mean": pixels.mean(0).ravel(),
+            }
             if kind == "npz":
-                np.savez(folder / f"{name}.npz", data=content["data"], labels=np.array(content["labels"]))
+                arrays = {"data": content["data"], "labels": np.array(content["labels"])}
+                np.savez(folder / f"{name}.npz", **arrays)
             else:
-                content["labels"] = [np.int64(i) for i in content["labels"]] if kind[1:] == "np" else content["labels"]
+                if kind[1:] == "np":
+                    content["labels"] = [np.int64(i) for i in content["labels"]]
                 (folder / name).write_bytes(pickle.dumps(content, int(kind[0])))
     return folder
 
@@ -308,8 +402,11 @@ def write_batches(folder, kind="4", n=23):
 def write_images(place, packed):
     """The same images as PNGs, in the layout of EDM's dataset_tool."""
     pixels, labels = imagenet(23)
-    files = {f"00000/img{i:08d}.png": png(image.transpose(1, 2, 0)) for i, image in enumerate(pixels)}
-    files["dataset.json"] = json.dumps({"labels": [[f, int(ORDER[label - 1])] for f, label in zip(files, labels)]}).encode()
+    files = {}
+    for i, image in enumerate(pixels):
+        files[f"00000/img{i:08d}.png"] = png(image.transpose(1, 2, 0))
+    labels = [[file, int(ORDER[label - 1])] for file, label in zip(files, labels)]
+    files["dataset.json"] = json.dumps({"labels": labels}).encode()
     if not packed:
         write(place, files)
         return place
@@ -320,26 +417,33 @@ def write_images(place, packed):
 
 
 def write_source(tmp_path, kind):
-    return write_batches(tmp_path / "set", kind) if kind == "npz" or kind[0].isdigit() else write_images(tmp_path / "set", kind == "zip")
+    if kind == "npz" or kind[0].isdigit():
+        return write_batches(tmp_path / "set", kind)
+    return write_images(tmp_path / "set", kind == "zip")
 
 
 @pytest.fixture(params=["in memory", "mapped"])
 def large(request, monkeypatch):
     """Whether what follows counts as a large source."""
     if request.param == "mapped":
-        monkeypatch.setattr(datasets, "IN_MEMORY", 1)
+        monkeypatch.setattr(large_data, "IN_MEMORY", 1)
     return request.param == "mapped"
 
 
 @pytest.fixture
 def mapped(monkeypatch):
-    monkeypatch.setattr(datasets, "IN_MEMORY", 1)
+    monkeypatch.setattr(large_data, "IN_MEMORY", 1)
 
 
 def is_imagenet(data, rows=23):
     pixels, labels = imagenet(rows)
-    return (np.array_equal(data.images.numpy(), pixels) and data.labels.tolist() == [ORDER[label - 1] for label in labels]
-            and data.num_classes == 1000 and data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64)
+    return (
+        np.array_equal(data.images.numpy(), pixels)
+        and data.labels.tolist() == [ORDER[label - 1] for label in labels]
+        and data.num_classes == 1000
+        and data.images.dtype == torch.uint8
+        and data.labels.dtype == torch.int64
+    )
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "npz", "2", "3", "4", "2np", "4np"])
@@ -349,16 +453,22 @@ def test_every_source_gives_the_same_pixels_and_labels(tmp_path, kind, large, re
         data = load_dataset("imagenet64", "train", source)
         assert is_imagenet(data) and data.ahead == large
         test = load_dataset("imagenet64", "test", source)
-        assert (is_imagenet(test), test.split) == ((True, "all") if kind in ("folder", "zip") else (False, "test"))
+        assert (is_imagenet(test), test.split) == (
+            (True, "all") if kind in ("folder", "zip") else (False, "test")
+        )
         assert test.split == "all" or is_imagenet(test, 5)
     assert datasets.shape_of("folder", source) == (3, 4, 4) and not recwarn.list
 
 
 def test_a_batch_written_by_python_2_is_read(tmp_path):
     pixels = bytes(range(240, 256)) + bytes(range(8))  # 2 images of 2x2
-    content = (b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x02K\x0c\x86"
-               b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x18" + pixels +
-               b"tbU\x06labels](K\x01M\xe8\x03eu.")
+    content = (
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
+        b"K\x00\x85U\x01b\x87R(K\x01K\x02K\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x18"
+        + pixels
+        + b"tbU\x06labels](K\x01M\xe8\x03eu."
+    )
     (tmp_path / "val_data").write_bytes(content)
     write_classes(tmp_path)
     data = load_dataset("imagenet64", "test", tmp_path)
@@ -366,19 +476,37 @@ def test_a_batch_written_by_python_2_is_read(tmp_path):
     assert bytes(data.images.numpy().ravel()) == pixels and data.images.shape == (2, 3, 2, 2)
 
 
-@pytest.mark.parametrize("text", [None, "n1 1 a", "n1 one a", "".join(f"n1 {k} a\n" for k in range(1, 1001)),
-                                  "".join(f"n{k} {k - 1} a\n" for k in range(1, 1001))])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "n1 1 a",
+        "n1 one a",
+        "".join(f"n1 {k} a\n" for k in range(1, 1001)),
+        "".join(f"n{k} {k - 1} a\n" for k in range(1, 1001)),
+    ],
+)
 def test_batches_need_the_list_of_their_classes(tmp_path, text):
-    """Without it the numbers are other classes than everybody else's, and nothing else would tell."""
+    """Without it the numbers are other classes than the usual ones, and no error would show it."""
     folder = write_batches(tmp_path / "set")
-    (folder / "map_clsloc.txt").unlink() if text is None else (folder / "map_clsloc.txt").write_text(text)
+    if text is None:
+        (folder / "map_clsloc.txt").unlink()
+    else:
+        (folder / "map_clsloc.txt").write_text(text)
     message = refused("imagenet64", data_dir=folder)
     assert "map_clsloc.txt" in message and "Imagenet32_Scripts" in message
 
 
 def test_val_is_test(tmp_path):
-    write(tmp_path, {"train/a/1.png": png(pixels(1)), "train/b/2.png": png(pixels(2)), "val/a/3.png": png(pixels(3)),
-                     "val/b/4.png": png(pixels(4))})
+    write(
+        tmp_path,
+        {
+            "train/a/1.png": png(pixels(1)),
+            "train/b/2.png": png(pixels(2)),
+            "val/a/3.png": png(pixels(3)),
+            "val/b/4.png": png(pixels(4)),
+        },
+    )
     train, test = (load_dataset("folder", split, tmp_path) for split in ("train", "test"))
     assert (train.split, test.split, train.num_classes, test.num_classes) == ("train", "test", 2, 2)
     assert corners(train) == {1: 0, 2: 1} and corners(test) == {3: 0, 4: 1}
@@ -395,9 +523,11 @@ def test_a_changed_folder_has_another_exact_fingerprint(tmp_path):
 
 def test_a_part_of_the_images_is_of_all_classes():
     images = torch.arange(103)
-    assert datasets.evenly(images, 1000) is not None and torch.equal(datasets.evenly(images, 103), images)
+    assert datasets.evenly(images, 1000) is not None
+    assert torch.equal(datasets.evenly(images, 103), images)
     part = datasets.evenly(images, 50)
-    assert 33 < len(part) <= 50 and part[0] == 0 and part[-1] >= 99 and part.diff().unique().tolist() == [3]
+    assert 33 < len(part) <= 50 and part[0] == 0 and part[-1] >= 99
+    assert part.diff().unique().tolist() == [3]
 
 
 class Evil:
@@ -409,37 +539,67 @@ class Evil:
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("function, name", [(os.system, "posix.system"), (eval, ".eval"), (np.fromfile, "numpy.fromfile"),
-                                            (np.load, "numpy.load"), (io.open, "io.open"), (np.ndarray.tofile, "getattr")])
-def test_a_pickle_that_wants_more_than_arrays_is_refused_and_not_run(tmp_path, function, name, protocol):
+@pytest.mark.parametrize(
+    "function, name",
+    [
+        (os.system, "posix.system"),
+        (eval, ".eval"),
+        (np.fromfile, "numpy.fromfile"),
+        (np.load, "numpy.load"),
+        (io.open, "io.open"),
+        (np.ndarray.tofile, "getattr"),
+    ],
+)
+def test_a_pickle_that_wants_more_than_arrays_is_refused_and_not_run(
+    tmp_path, function, name, protocol
+):
     folder, mark = write_batches(tmp_path / "set"), tmp_path / "mark"
-    argument = {os.system: f"touch {mark}", eval: f"open({str(mark)!r}, 'w')"}.get(function, str(mark))
+    commands = {os.system: f"touch {mark}", eval: f"open({str(mark)!r}, 'w')"}
+    argument = commands.get(function, str(mark))
     evil = Evil(function, argument, *["w"] * (function is io.open))
     content = pickle.dumps({"data": np.zeros((1, 48), np.uint8), "labels": [evil]}, protocol)
     (folder / "train_data_batch_2").write_bytes(content)
     message = refused("imagenet64", data_dir=folder)
-    assert str(folder / "train_data_batch_2") in message and f"{name}" in message and "nothing in it was run" in message
+    assert str(folder / "train_data_batch_2") in message
+    assert f"{name}" in message and "nothing in it was run" in message
     assert not mark.exists()
 
 
 def test_an_npz_with_a_pickle_in_it_is_refused_and_not_run(tmp_path):
     folder, mark = write_batches(tmp_path / "set", "npz"), tmp_path / "mark"
-    np.savez(folder / "val_data.npz", data=np.zeros((1, 48), np.uint8), labels=np.array([Evil(os.system, f"touch {mark}")], object))
-    assert str(folder / "val_data.npz") in refused("imagenet64", "test", folder) and not mark.exists()
+    np.savez(
+        folder / "val_data.npz",
+        data=np.zeros((1, 48), np.uint8),
+        labels=np.array([Evil(os.system, f"touch {mark}")], object),
+    )
+    assert str(folder / "val_data.npz") in refused("imagenet64", "test", folder)
+    assert not mark.exists()
 
 
 GOOD = {"data": np.zeros((2, 48), np.uint8), "labels": [1, 1000]}
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"data": np.zeros((2, 47), np.uint8)}, "(2, 47)"), ({"data": np.zeros((2, 60), np.uint8)}, "(2, 60)"),
-    ({"data": np.zeros((2, 0), np.uint8)}, "(2, 0)"), ({"data": np.zeros((2, 3, 48), np.uint8)}, "(2, 3, 48)"),
-    ({"data": np.zeros((2, 48), np.float32)}, "float32"), ({"data": [1, 2]}, "not a readable batch"), ({"data": None}, "not a readable"),
-    ({"labels": [0, 5]}, "1 to 1000"), ({"labels": [1, 1001]}, "1 to 1000"), ({"labels": [1]}, "not 2 numbers"),
-    ({"labels": [1.0, 2.0]}, "1 to 1000"), ({"labels": ["a", "b"]}, "1 to 1000"), ({"data": np.zeros((2, 75), np.uint8)}, "(3, 4, 4)"),
-    ({"data": np.zeros((0, 48), np.uint8), "labels": []}, "1 to 1000")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"data": np.zeros((2, 47), np.uint8)}, "(2, 47)"),
+        ({"data": np.zeros((2, 60), np.uint8)}, "(2, 60)"),
+        ({"data": np.zeros((2, 0), np.uint8)}, "(2, 0)"),
+        ({"data": np.zeros((2, 3, 48), np.uint8)}, "(2, 3, 48)"),
+        ({"data": np.zeros((2, 48), np.float32)}, "float32"),
+        ({"data": [1, 2]}, "not a readable batch"),
+        ({"data": None}, "not a readable"),
+        ({"labels": [0, 5]}, "1 to 1000"),
+        ({"labels": [1, 1001]}, "1 to 1000"),
+        ({"labels": [1]}, "not 2 numbers"),
+        ({"labels": [1.0, 2.0]}, "1 to 1000"),
+        ({"labels": ["a", "b"]}, "1 to 1000"),
+        ({"data": np.zeros((2, 75), np.uint8)}, "(3, 4, 4)"),
+        ({"data": np.zeros((0, 48), np.uint8), "labels": []}, "1 to 1000"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["npz", "4"])
-def test_a_batch_that_is_none_is_refused(tmp_path, change, said, kind, large, cache):
+def test_a_batch_that_is_none_is_refused(tmp_path, change, named, kind, large, cache):
     folder = write_batches(tmp_path / "set", kind)
     name = "train_data_batch_3" + ".npz" * (kind == "npz")
     if kind == "npz":
@@ -447,7 +607,8 @@ def test_a_batch_that_is_none_is_refused(tmp_path, change, said, kind, large, ca
     else:
         (folder / name).write_bytes(pickle.dumps({**GOOD, **change}))
     message = refused("imagenet64", data_dir=folder)
-    assert str(folder) in message and name in message and said in message and not list(cache.glob("data/*-*"))
+    assert str(folder) in message and name in message and named in message
+    assert not list(cache.glob("data/*-*"))
 
 
 @pytest.mark.parametrize("kind", ["npz", "4"])
@@ -461,36 +622,40 @@ def test_a_batch_cut_short_or_missing_is_named(tmp_path, kind):
     file.write_bytes(pickle.dumps([1]))
     assert str(file) in refused("imagenet64", data_dir=folder)
     file.unlink()
-    assert "train_data_batch_10 (or train_data_batch_10.npz) is missing" in refused("imagenet64", data_dir=folder)
+    missing = "train_data_batch_10 (or train_data_batch_10.npz) is missing"
+    assert missing in refused("imagenet64", data_dir=folder)
     assert is_imagenet(load_dataset("imagenet64", "test", folder), 5)  # which needs none of them
-    (folder / datasets.BATCHES["test"][0]).with_suffix(".npz" * (kind == "npz")).unlink()
+    (folder / large_data.BATCHES["test"][0]).with_suffix(".npz" * (kind == "npz")).unlink()
     assert "val_data (or val_data.npz) is missing" in refused("imagenet64", "test", folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------- unpacked once
+# -------------------------------------------------------------------------- unpacked once
+
 
 def unpacked(cache):
     return sorted(file.name.split("-", 2)[2] for file in (cache / "data").glob("*-*"))
 
 
 def no_reading(monkeypatch):
-    for name in ("_read_image", "_read_batch"):
-        monkeypatch.setattr(datasets, name, None)
+    monkeypatch.setattr(datasets, "_read_image", None)
+    monkeypatch.setattr(large_data, "read_batch", None)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "npz", "4"])
 def test_a_large_source_is_decoded_once(tmp_path, kind, mapped, monkeypatch, cache):
     source, counted = write_source(tmp_path, kind), []
-    name = "_read_image" if kind in ("folder", "zip") else "_read_batch"
-    original = getattr(datasets, name)
-    monkeypatch.setattr(datasets, name, lambda *arguments: counted.append(1) or original(*arguments))
+    images = kind in ("folder", "zip")
+    module, name = (datasets, "_read_image") if images else (large_data, "read_batch")
+    original = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: counted.append(1) or original(*args))
     load_dataset("imagenet64", "train", source)
-    assert len(counted) == (24 if name == "_read_image" else 10)  # the first image also for its size
+    assert len(counted) == (24 if images else 10)  # the first image also for its size
     no_reading(monkeypatch)
-    if kind == "zip":
-        monkeypatch.setattr(datasets, "_list_images", None)  # a list of 1.28 million names takes its time, too
-    own = "all" if name == "_read_image" else "train"
-    for split in ("train", "test") if own == "all" else ("train",):
+    if kind == "zip":  # a list of 1.28 million names takes its time, too
+        for module in (datasets, large_data):
+            monkeypatch.setattr(module, "list_images", None)
+    own = "all" if images else "train"
+    for split in ("train", "test") if images else ("train",):
         assert is_imagenet(load_dataset("imagenet64", split, source))
     assert unpacked(cache) == [f"{own}.npz", f"{own}.pixels"]
 
@@ -513,15 +678,20 @@ def test_the_splits_do_not_depend_on_what_was_unpacked_first(tmp_path, mapped, f
 def test_a_changed_source_is_unpacked_again(tmp_path, kind, mapped, cache):
     source = write_source(tmp_path, kind)
     load_dataset("imagenet64", "train", source)
-    file = {"folder": source / "00000" / "img00000004.png", "zip": source, "npz": source / "train_data_batch_2.npz",
-            "4": source / "train_data_batch_2"}[kind]
+    file = {
+        "folder": source / "00000" / "img00000004.png",
+        "zip": source,
+        "npz": source / "train_data_batch_2.npz",
+        "4": source / "train_data_batch_2",
+    }[kind]
     time = os.stat(file).st_mtime_ns
     if kind == "folder":
         file.write_bytes(png(np.full((4, 4, 3), 7, np.uint8)))
     elif kind == "zip":
         with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "new", "w") as new:
             for n in old.namelist():
-                new.writestr(n, png(np.full((4, 4, 3), 7, np.uint8)) if n.endswith("00004.png") else old.read(n))
+                seven = n.endswith("00004.png")
+                new.writestr(n, png(np.full((4, 4, 3), 7, np.uint8)) if seven else old.read(n))
         (tmp_path / "new").replace(file)
     else:
         part = {"data": np.full((3, 48), 7, np.uint8), "labels": [5, 6, 7]}
@@ -536,28 +706,32 @@ def test_a_changed_source_is_unpacked_again(tmp_path, kind, mapped, cache):
 @pytest.mark.parametrize("kind", ["folder", "zip", "npz", "4"])
 def test_a_stamp_sees_sizes_times_and_names(tmp_path, kind):
     source = write_source(tmp_path, kind)
-    file = next(f for f in (source, source / "00000" / "img00000004.png", source / "val_data.npz", source / "val_data") if f.is_file())
-    time, stamps = os.stat(file).st_mtime_ns, [datasets._stamp(source)]
+    names = ("00000/img00000004.png", "val_data.npz", "val_data")
+    files = [source, *(source / name for name in names)]
+    file = next(f for f in files if f.is_file())
+    time, stamps = os.stat(file).st_mtime_ns, [large_data.stamp(source)]
     (tmp_path / "notes.txt").write_text("beside it")
-    assert datasets._stamp(source) == stamps[0]
+    assert large_data.stamp(source) == stamps[0]
     os.utime(file, ns=(time, time + 1000))
-    stamps.append(datasets._stamp(source))
+    stamps.append(large_data.stamp(source))
     with open(file, "ab") as opened:
         opened.write(b"1")
     os.utime(file, ns=(time, time + 1000))
-    stamps.append(datasets._stamp(source))
+    stamps.append(large_data.stamp(source))
     if kind == "folder":
         (source / "notes.txt").write_text("no part of it")
-        assert datasets._stamp(source) == stamps[-1]
+        assert large_data.stamp(source) == stamps[-1]
         file.rename(file.with_name("img.png"))
-        stamps.append(datasets._stamp(source))
+        stamps.append(large_data.stamp(source))
         (source / "dataset.json").unlink()
-        stamps.append(datasets._stamp(source))
+        stamps.append(large_data.stamp(source))
     assert len(set(stamps)) == len(stamps)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UsageError])
-def test_an_interrupted_unpacking_leaves_nothing_and_is_repeated(tmp_path, mapped, monkeypatch, cache, error):
+def test_an_interrupted_unpacking_leaves_nothing_and_is_repeated(
+    tmp_path, mapped, monkeypatch, cache, error
+):
     source, original, seen = write_source(tmp_path, "folder"), datasets._read_image, []
 
     def stops(*arguments):
@@ -572,33 +746,39 @@ def test_an_interrupted_unpacking_leaves_nothing_and_is_repeated(tmp_path, mappe
     assert unpacked(cache) == []
     place = next((cache / "data").glob("*.lock")).stem
     (cache / "data" / f"{place}-0123-all.pixels.1.part").write_text("of a process that was killed")
-    assert is_imagenet(load_dataset("imagenet64", "train", source)) and unpacked(cache) == ["all.npz", "all.pixels"]
+    assert is_imagenet(load_dataset("imagenet64", "train", source))
+    assert unpacked(cache) == ["all.npz", "all.pixels"]
 
 
-@pytest.mark.parametrize("suffix, damage", [("npz", "remove"), ("pixels", "remove"), ("npz", "cut"), ("pixels", "cut")])
+@pytest.mark.parametrize(
+    "suffix, damage", [("npz", "remove"), ("pixels", "remove"), ("npz", "cut"), ("pixels", "cut")]
+)
 def test_an_unpacked_set_that_is_not_whole_is_made_again(tmp_path, mapped, cache, suffix, damage):
     source = write_source(tmp_path, "npz")
     load_dataset("imagenet64", "train", source)
-    file, = cache.glob(f"data/*-train.{suffix}")
+    (file,) = cache.glob(f"data/*-train.{suffix}")
     whole = file.read_bytes()
     file.unlink()
     if damage == "cut":
         file.write_bytes(whole[:-30])
-    assert is_imagenet(load_dataset("imagenet64", "train", source)) and file.read_bytes()[:64] == whole[:64]
+    assert is_imagenet(load_dataset("imagenet64", "train", source))
+    assert file.read_bytes()[:64] == whole[:64]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, mapped, cache):
+    resource = pytest.importorskip("resource")
     source = write_source(tmp_path, "npz")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # 23 images of 48 bytes are more
+    try:  # 23 images of 48 bytes are more than 1000 bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         message = refused("imagenet64", "train", source)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot write" in message and "train.pixels" in message and unpacked(cache) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------- Stream
+# --------------------------------------------------------------------------------- Stream
+
 
 def numbered(n):
     """n images of 1x1x2 pixels: (i, 255 - i), label i."""
@@ -613,29 +793,42 @@ def test_every_epoch_visits_each_image_once_in_a_new_order():
         x0, labels = stream.next()
         assert torch.equal(x0, to_float(data.images[labels]))  # images under their own labels
         seen += labels.tolist()
-    epochs = [seen[23 * e:23 * (e + 1)] for e in range(4)]
+    epochs = [seen[23 * e : 23 * (e + 1)] for e in range(4)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4 and list(range(23)) not in epochs
     other = Stream(data, 23, seed=1).next()[1].tolist()
-    assert other != epochs[0] and Stream(data, 23, seed=0).next()[1].tolist() == epochs[0]  # whatever the batch size
+    assert other != epochs[0]
+    assert Stream(data, 23, seed=0).next()[1].tolist() == epochs[0]  # whatever the batch size
 
 
 @pytest.mark.parametrize("n", [23, 6])  # 6: the global batch is larger than the data set
 def test_ranks_share_out_the_stream_of_one(n):
-    one, ranks = Stream(numbered(n), 8, seed=3), [Stream(numbered(n), 4, seed=3, rank=r, world=2) for r in range(2)]
+    one = Stream(numbered(n), 8, seed=3)
+    ranks = [Stream(numbered(n), 8, seed=3, ranks=(r, 2)) for r in range(2)]
     for _ in range(9):
-        assert torch.equal(one.next()[1], torch.cat([stream.next()[1] for stream in ranks]))
+        parts = [stream.next()[1] for stream in ranks]
+        assert [len(part) for part in parts] == [4, 4]
+        assert torch.equal(one.next()[1], torch.cat(parts))
+
+
+def test_the_default_are_the_ranks_of_this_process(monkeypatch):
+    monkeypatch.setattr(datasets, "rank_and_world", lambda: (1, 2))
+    stream, expected = Stream(numbered(23), 8, 3), Stream(numbered(23), 8, 3, ranks=(1, 2))
+    assert same(stream.next(), expected.next())
+    assert len(Stream(numbered(23), 7, 3, ranks=(0, 1)).next()[1]) == 7
+    with pytest.raises(UsageError, match="^--batch-size 7: must be a multiple of the 2 ranks$"):
+        Stream(numbered(23), 7, 3)
 
 
 @pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
 def test_a_resumed_stream_goes_on_bitwise(rank, world):
     data = load_dataset("digits")
-    stream = Stream(data, 100, seed=1, flip=True, rank=rank, world=world)
+    stream = Stream(data, 100 * world, seed=1, flip=True, ranks=(rank, world))
     for _ in range(9):
         stream.next()
     state = stream.state_dict()
     assert state == {"position": 900 * world}
-    resumed = Stream(data, 100, seed=1, flip=True, rank=rank, world=world)
+    resumed = Stream(data, 100 * world, seed=1, flip=True, ranks=(rank, world))
     resumed.load_state_dict(state)
     for _ in range(20):
         (x, y), (x2, y2) = stream.next(), resumed.next()
@@ -652,7 +845,8 @@ def test_half_of_the_images_are_mirrored_left_to_right():
         (x, y), (x2, y2) = plain.next(), flipping.next()
         assert torch.equal(y, y2)
         same, mirrored = ((x2 == z).flatten(1).all(1) for z in (x, x.flip(-1)))
-        assert (same | mirrored).all() and 0.45 < mirrored[~(same & mirrored)].double().mean() < 0.55
+        assert (same | mirrored).all()
+        assert 0.45 < mirrored[~(same & mirrored)].double().mean() < 0.55
         flips.append(dict(zip((x.flatten(1).sum(1) * 1e4).long().tolist(), mirrored.tolist())))
     assert flips[0] != flips[1]  # drawn anew in every epoch
 
@@ -671,24 +865,27 @@ def test_a_stream_that_fetches_ahead_gives_the_same_batches(tmp_path, mapped, ra
     source = write_source(tmp_path, "npz")
     large = load_dataset("imagenet64", "train", source)
     small = Dataset("copy", large.images.clone(), large.labels, large.num_classes, "train")
-    stream, plain = (Stream(data, 5, 1, True, rank, world) for data in (large, small))
+    batch_size, ranks = 5 * world, (rank, world)
+    stream, plain = (Stream(data, batch_size, 1, True, ranks) for data in (large, small))
     assert stream.thread and not plain.thread
     for i in range(30):  # several epochs of 23
-        assert same(stream.next(), plain.next()) and stream.state_dict() == plain.state_dict() == {"position": 5 * world * (i + 1)}
-    state = {"position": 7 * 5 * world}
-    resumed = Stream(large, 5, 1, True, rank, world)
+        assert same(stream.next(), plain.next())
+        assert stream.state_dict() == plain.state_dict() == {"position": batch_size * (i + 1)}
+    state = {"position": 7 * batch_size}
+    resumed = Stream(large, batch_size, 1, True, ranks)
     for other in (stream, plain, resumed):
         other.load_state_dict(state)
     for _ in range(9):
         batch = plain.next()
         assert same(stream.next(), batch) and same(resumed.next(), batch)
     stream.position = plain.position = 0  # as cud.py does
-    assert same(stream.next(), plain.next()) and stream.position == 5 * world
+    assert same(stream.next(), plain.next()) and stream.position == batch_size
 
 
 def test_batches_are_fetched_before_they_are_asked_for():
     data = numbered(23)
-    stream, plain, calls, go = Stream(far(data), 5, seed=0), Stream(data, 5, seed=0), [], threading.Event()
+    stream, plain = Stream(far(data), 5, seed=0), Stream(data, 5, seed=0)
+    calls, go = [], threading.Event()
 
     def fetch(position):
         calls.append((position, threading.current_thread() is threading.main_thread()))
@@ -703,7 +900,8 @@ def test_batches_are_fetched_before_they_are_asked_for():
     for _ in range(3):
         assert same(stream.next(), plain.next())
     stream.thread.submit(int).result()
-    assert [position for position, _ in calls] == [0, 5, 10, 15, 20, 25]  # each once only, two ahead
+    positions = [position for position, _ in calls]
+    assert positions == [0, 5, 10, 15, 20, 25]  # each once only, two ahead
     assert set(stream.coming) == {20, 25} and stream.position == 20
     stream.position = 0
     stream.next()
@@ -749,9 +947,11 @@ def test_what_does_not_fit_on_the_gpu_stays_where_it_is(monkeypatch):
     streams = [Stream(load_dataset("digits"), 100, 0, True), Stream(data, 100, 0, True)]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * data.images.nbytes, 10**9))
     large = load_dataset("digits", device="cuda")
-    assert not large.images.is_cuda and large.labels.is_cuda and large.ahead and large.device.type == "cuda"
+    assert not large.images.is_cuda and large.labels.is_cuda
+    assert large.ahead and large.device.type == "cuda"
     streams.append(Stream(large, 100, 0, True))
     for _ in range(40):
         batches = [stream.next() for stream in streams]
-        assert all(part.is_cuda for part in (*batches[1], *batches[2])) and same(batches[1], batches[2])
+        assert all(part.is_cuda for part in (*batches[1], *batches[2]))
+        assert same(batches[1], batches[2])
         assert same(batches[0], [part.cpu() for part in batches[2]])

@@ -1,4 +1,5 @@
-"""common/edm_pickle.py: pickles like NVIDIA's, made here, are read; pickles that want more than that are refused unread."""
+"""common/machinery/edm_pickle.py: pickles like NVIDIA's are read, and nothing else."""
+
 import collections
 import io
 import json
@@ -15,21 +16,26 @@ import pytest
 import torch
 from torch import nn
 
+from common import UsageError, unet
 from common import teacher as teachers
-from common import unet
 from common.diffusion import Denoiser
-from common.edm_pickle import NAMES, TAKEN, read_edm_pickle
-from common.teacher import ARCHS, load_teacher
-from common.training import UsageError, cache_dir
+from common.machinery.edm_pickle import NAMES, TAKEN, read_edm_pickle
+from common.machinery.files import cache_dir
+from common.teacher import ARCHS, load_teacher, read_teacher
 
 ROOT = Path(__file__).parent.parent
 SHAPES = json.loads((ROOT / "tests" / "golden" / "unet_shapes.json").read_text())
 CPU = torch.device("cpu")
 
-# A stand-in of torch_utils.persistence (golden/README.md, end of section 1): objects are saved as a call of one function with a
-# dictionary that holds the source of their class, which the real one executes.
+# A stand-in of torch_utils.persistence (golden/README.md, end of section 1). Objects are saved as
+# a call of one function with a dictionary that holds the source of their class, which the real
+# one executes.
 persistence = types.ModuleType("torch_utils.persistence")
-exec("def _reconstruct_persistent_obj(meta):\n    raise RuntimeError('the embedded source would be run here')", persistence.__dict__)
+exec(
+    "def _reconstruct_persistent_obj(meta):\n"
+    "    raise RuntimeError('the embedded source would be run here')",
+    persistence.__dict__,
+)
 persistence._reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
 SOURCE = "import pathlib; pathlib.Path('HACKED').touch()"
 
@@ -43,7 +49,13 @@ class Persistent(nn.Module):
 
     def __reduce__(self):
         state = {k: v for k, v in self.__dict__.items() if k != "_class_name"}
-        meta = {"type": "class", "version": 6, "module_src": SOURCE, "class_name": self._class_name, "state": state}
+        meta = {
+            "type": "class",
+            "version": 6,
+            "module_src": SOURCE,
+            "class_name": self._class_name,
+            "state": state,
+        }
         return persistence._reconstruct_persistent_obj, (meta,)
 
 
@@ -59,37 +71,91 @@ def persistent(module):
 
 
 NETS = {
-    "ddpmpp": (unet.ddpmpp, "SongUNet", {"embedding_type": "positional", "encoder_type": "standard", "decoder_type": "standard",
-                                         "channel_mult_noise": 1, "resample_filter": [1, 1]}),
-    "ncsnpp": (unet.ncsnpp, "SongUNet", {"embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "standard",
-                                         "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}),
+    "ddpmpp": (
+        unet.ddpmpp,
+        "SongUNet",
+        {
+            "embedding_type": "positional",
+            "encoder_type": "standard",
+            "decoder_type": "standard",
+            "channel_mult_noise": 1,
+            "resample_filter": [1, 1],
+        },
+    ),
+    "ncsnpp": (
+        unet.ncsnpp,
+        "SongUNet",
+        {
+            "embedding_type": "fourier",
+            "encoder_type": "residual",
+            "decoder_type": "standard",
+            "channel_mult_noise": 2,
+            "resample_filter": [1, 3, 3, 1],
+        },
+    ),
     "adm": (unet.adm, "DhariwalUNet", {}),
 }
 
 
 def edm_object(arch="ddpmpp", label_dim=0, augment_dim=9, resolution=16, **more):
     """{"ema", "loss_fn", ...} as EDM's training loop saves it, and the Denoiser that it holds."""
-    factory, class_name, said = NETS[arch]
-    sizes = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.13, **more}
+    factory, class_name, more_arguments = NETS[arch]
+    sizes = {
+        "model_channels": 8,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [8],
+        "dropout": 0.13,
+        **more,
+    }
     denoiser = Denoiser(factory(resolution, 3, label_dim, augment_dim, **sizes)).eval()
     with torch.no_grad():
         for p in denoiser.parameters():
             p.add_(0.1 * torch.randn_like(p))
     net = persistent(denoiser.net)
-    net.__dict__.update(_class_name=class_name, _init_args=(), _init_kwargs={
-        "img_resolution": resolution, "in_channels": 3, "out_channels": 3, "label_dim": label_dim, "augment_dim": augment_dim,
-        **sizes, **said})
-    ema = Persistent("EDMPrecond", sigma_data=np.float64(0.5), sigma_min=0, sigma_max=float("inf"), use_fp16=False, _init_args=(),
-                     _init_kwargs={"img_resolution": resolution, "img_channels": 3, "label_dim": label_dim, "model_type": class_name})
+    net.__dict__.update(
+        _class_name=class_name,
+        _init_args=(),
+        _init_kwargs={
+            "img_resolution": resolution,
+            "in_channels": 3,
+            "out_channels": 3,
+            "label_dim": label_dim,
+            "augment_dim": augment_dim,
+            **sizes,
+            **more_arguments,
+        },
+    )
+    ema = Persistent(
+        "EDMPrecond",
+        sigma_data=np.float64(0.5),
+        sigma_min=0,
+        sigma_max=float("inf"),
+        use_fp16=False,
+        _init_args=(),
+        _init_kwargs={
+            "img_resolution": resolution,
+            "img_channels": 3,
+            "label_dim": label_dim,
+            "model_type": class_name,
+        },
+    )
     ema._modules["model"] = net
     loss = Persistent("EDMLoss", P_mean=-1.2, P_std=1.2, sigma_data=0.5)
     pipe = Persistent("AugmentPipe", p=0.12)
-    return {"ema": ema, "loss_fn": loss, "augment_pipe": pipe, "dataset_kwargs": {"path": "cifar10.zip"}}, denoiser
+    return {
+        "ema": ema,
+        "loss_fn": loss,
+        "augment_pipe": pipe,
+        "dataset_kwargs": {"path": "cifar10.zip"},
+    }, denoiser
 
 
 def dump(value, protocol=4):
     """pickle.dumps while torch_utils.persistence exists."""
-    sys.modules.update({"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence})
+    sys.modules.update(
+        {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence}
+    )
     try:
         return pickle.dumps(value, protocol)
     finally:
@@ -110,12 +176,15 @@ def written(tmp_path, value, name="edm.pkl"):
     return str(path)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ reading
+# -------------------------------------------------------------------------------- reading
+
 
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("label_dim,augment_dim", [(0, 9), (10, 0)])
 @pytest.mark.parametrize("arch", NETS)
-def test_a_genuine_pickle_gives_the_same_denoiser(arch, label_dim, augment_dim, protocol, tmp_path, cache):
+def test_a_genuine_pickle_gives_the_same_denoiser(
+    arch, label_dim, augment_dim, protocol, tmp_path, cache
+):
     more = {"model_channels": 64, "channel_mult": [1, 1]} if arch == "adm" else {}
     value, original = edm_object(arch, label_dim, augment_dim, **more)
     path = written(tmp_path, dump(value, protocol))
@@ -126,25 +195,35 @@ def test_a_genuine_pickle_gives_the_same_denoiser(arch, label_dim, augment_dim, 
     for _ in range(2):  # the second time from the copy in our own format
         loaded = load_teacher(path, "folder", CPU)
         torch.testing.assert_close(loaded(x, sigma, labels), expected, rtol=1e-4, atol=2e-5)
-        assert loaded.arch == arch and loaded.net.label_dim == label_dim and loaded.net.augment_dim == augment_dim
+        assert loaded.arch == arch
+        assert loaded.net.label_dim == label_dim and loaded.net.augment_dim == augment_dim
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     copies = list(cache.glob("edm-*.pt"))
     assert len(copies) == 1
-    assert all(torch.equal(a, b) for a, b in zip(load_teacher(str(copies[0]), "folder", CPU).parameters(), original.parameters()))
+    copy = load_teacher(str(copies[0]), "folder", CPU)
+    assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), original.parameters()))
 
 
-def test_all_five_public_configurations_fit_strictly(cache):
-    """Names and shapes of golden/unet_shapes.json, at full size, into the networks that their constructor arguments make."""
+def test_all_five_public_configurations_fit_strictly(cache, monkeypatch):
+    """Their names and shapes (golden/unet_shapes.json) fit the networks of their arguments."""
     totals = set()
     for name, shapes in SHAPES.items():
-        if isinstance(shapes["parameters"], str):  # the same without augment labels: tests/test_unet.py
-            continue
-        said = shapes["kwargs"]
-        arch = "adm" if said["model_type"] == "DhariwalUNet" else {"positional": "ddpmpp", "fourier": "ncsnpp"}[said["embedding_type"]]
-        kwargs = {k: said[k] for k in ("img_resolution", "img_channels", "label_dim", "augment_dim", *TAKEN) if k in said}
+        if isinstance(shapes["parameters"], str):
+            continue  # the same without augment labels: tests/test_unet.py
+        given = shapes["kwargs"]
+        if given["model_type"] == "DhariwalUNet":
+            arch = "adm"
+        else:
+            arch = {"positional": "ddpmpp", "fourier": "ncsnpp"}[given["embedding_type"]]
+        names = ("img_resolution", "img_channels", "label_dim", "augment_dim", *TAKEN)
+        kwargs = {k: given[k] for k in names if k in given}
+        state = {"fewstep": "teacher", "arch": arch, "kwargs": kwargs, "sigma_data": 0.5}
         with torch.device("meta"):
-            weights = {k: torch.empty(v) for k, v in {**shapes["parameters"], **shapes["buffers"]}.items()}
-            denoiser = teachers._denoiser({"arch": arch, "kwargs": kwargs, "sigma_data": 0.5, "weights": weights}, name)
+            sizes = {**shapes["parameters"], **shapes["buffers"]}
+            state["weights"] = {k: torch.empty(size) for k, size in sizes.items()}
+            with monkeypatch.context() as patch:
+                patch.setattr(teachers, "load_checkpoint", lambda *_: state)  # noqa: B023
+                denoiser = read_teacher(name)
         total = sum(p.numel() for p in denoiser.parameters())
         assert total == shapes["param_count"]
         totals.add(total)
@@ -154,13 +233,20 @@ def test_all_five_public_configurations_fit_strictly(cache):
 @pytest.mark.slow
 def test_a_full_size_cifar10_pickle(tmp_path, cache):
     """223 MB, all 55.7 million weights of DDPM++."""
-    value, original = edm_object(resolution=32, model_channels=128, channel_mult=[2, 2, 2], num_blocks=4, attn_resolutions=[16])
+    value, original = edm_object(
+        resolution=32,
+        model_channels=128,
+        channel_mult=[2, 2, 2],
+        num_blocks=4,
+        attn_resolutions=[16],
+    )
     loaded = load_teacher(written(tmp_path, value), "cifar10", CPU)
     assert sum(p.numel() for p in loaded.parameters()) == 55_733_891
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------- refusing
+# ------------------------------------------------------------------------------- refusing
+
 
 class Call:
     """Pickles as a call of any function."""
@@ -184,8 +270,9 @@ class Storage:
 
 def saved(tensor, **options):
     buffer = io.BytesIO()
-    with warnings.catch_warnings(action="ignore"):  # torch itself still saves its deprecated storages
-        torch.save(tensor.storage(), buffer, **({"_use_new_zipfile_serialization": False} | options))
+    options = {"_use_new_zipfile_serialization": False} | options
+    with warnings.catch_warnings(action="ignore"):  # torch itself saves its deprecated storages
+        torch.save(tensor.storage(), buffer, **options)
     return buffer.getvalue()
 
 
@@ -206,7 +293,8 @@ class Opaque:
 
 
 def tensor_of(storage, offset, size, stride):
-    return Opaque((torch._utils._rebuild_tensor_v2, (storage, offset, size, stride, False, collections.OrderedDict())))
+    arguments = storage, offset, size, stride, False, collections.OrderedDict()
+    return Opaque((torch._utils._rebuild_tensor_v2, arguments))
 
 
 def nested(depth):
@@ -214,27 +302,51 @@ def nested(depth):
     return value + b"]" * depth + b"a" * (depth - 1) + b"."
 
 
+def vector_of(data):
+    """A weight of 4 values whose storage has these bytes."""
+    return tensor_of(Storage(data), 0, (4,), (1,))
+
+
 small = Storage(saved(torch.zeros(4)))
 MALICIOUS = {
     "os.system": (Call(os.system, "touch HACKED"), "system"),
     "a call inside the state": (with_weight(Call(os.system, "touch HACKED")), "system"),
-    "a call in an unused part": ({**edm_object()[0], "loss_fn": Call(os.system, "touch HACKED")}, "system"),
+    "a call in an unused part": (
+        {**edm_object()[0], "loss_fn": Call(os.system, "touch HACKED")},
+        "system",
+    ),
     "eval": (Call(eval, "open('HACKED', 'w')"), "builtins.eval"),
     "getattr": (Call(getattr, {}, "pop"), "builtins.getattr"),
     "torch.load": (Call(torch.load, "HACKED"), "torch.serialization.load"),
     "a codec": (Call(__import__("codecs").encode, "x", "zip"), "'zip'"),
     "a numpy object": (with_weight(np.array([object()], dtype=object)[0:1]), "numpy"),
-    "a storage larger in view": (with_weight(tensor_of(small, 0, (10**9, 10**9), (0, 0))), "stride"),
-    "strides that lead out of the storage": (with_weight(tensor_of(small, 0, (2, 2), (100, 1))), "stride (100, 1)"),
+    "a storage larger in view": (
+        with_weight(tensor_of(small, 0, (10**9, 10**9), (0, 0))),
+        "stride",
+    ),
+    "strides that lead out of the storage": (
+        with_weight(tensor_of(small, 0, (2, 2), (100, 1))),
+        "stride (100, 1)",
+    ),
     "a view beyond its storage": (with_weight(tensor_of(small, 2, (4,), (1,))), "4 values"),
     "a negative offset": (with_weight(tensor_of(small, -1, (4,), (1,))), "4 values"),
-    "a compressed storage": (with_weight(tensor_of(Storage(saved(torch.zeros(4), _use_new_zipfile_serialization=True)), 0, (4,), (1,))),
-                             "compressed"),
-    "a storage that is a pickle": (with_weight(tensor_of(Storage(pickle.dumps(Call(os.system, "touch HACKED"))), 0, (4,), (1,))),
-                                   "edm.pkl"),
-    "a storage cut short": (with_weight(tensor_of(Storage(saved(torch.zeros(4))[:-9]), 0, (4,), (1,))), "edm.pkl"),
+    "a compressed storage": (
+        with_weight(vector_of(saved(torch.zeros(4), _use_new_zipfile_serialization=True))),
+        "compressed",
+    ),
+    "a storage that is a pickle": (
+        with_weight(vector_of(pickle.dumps(Call(os.system, "touch HACKED")))),
+        "edm.pkl",
+    ),
+    "a storage cut short": (
+        with_weight(vector_of(saved(torch.zeros(4))[:-9])),
+        "edm.pkl",
+    ),
     "a weight that is a list": (with_weight([1.0, 2.0]), "map_layer0.weight"),
-    "a weight of another shape": (with_weight(nn.Parameter(torch.zeros(3, 3))), "map_layer0.weight"),
+    "a weight of another shape": (
+        with_weight(nn.Parameter(torch.zeros(3, 3))),
+        "map_layer0.weight",
+    ),
     "no network": ({"loss_fn": 1}, "ema"),
     "a list": ([1, 2, 3], "edm.pkl"),
     "another preconditioning": ({"ema": Persistent("VPPrecond")}, "VPPrecond"),
@@ -251,7 +363,9 @@ def test_refused_in_one_line_and_never_executed(case, tmp_path, cache):
     path = written(tmp_path, value)
     with pytest.raises(UsageError) as error:
         load_teacher(path, "folder", CPU)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500 and named in str(error.value) and path in str(error.value)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    assert named in message and path in message
     assert not list(cache.glob("*.pt"))
 
 
@@ -266,20 +380,25 @@ def test_a_storage_that_promises_too_much_is_refused(tmp_path, cache):
     """The bytes say 4 values; the header is made to say 10^15."""
     data = saved(torch.zeros(4))
     at = data.index(b"K\x04", data.index(b"cpu"))  # the count, as a one-byte integer
-    huge = data[:at] + b"\x8a\x07" + (10**15).to_bytes(7, "little") + data[at + 2:]
+    huge = data[:at] + b"\x8a\x07" + (10**15).to_bytes(7, "little") + data[at + 2 :]
     with pytest.raises(UsageError, match="not a readable EDM checkpoint"):
-        load_teacher(written(tmp_path, with_weight(tensor_of(Storage(huge), 0, (4,), (1,)))), "folder", CPU)
+        load_teacher(written(tmp_path, with_weight(vector_of(huge))), "folder", CPU)
 
 
 def test_a_decoder_or_channels_that_we_do_not_have(tmp_path, cache):
-    for name, value, said in ("decoder_type", "skip", "not among ours"), ("encoder_type", "skip", "skip"), ("out_channels", 6, "channels"):
+    for name, value, message in (
+        ("decoder_type", "skip", "not among ours"),
+        ("encoder_type", "skip", "skip"),
+        ("out_channels", 6, "channels"),
+    ):
         edm, _ = edm_object()
         edm["ema"]._modules["model"]._init_kwargs[name] = value
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             load_teacher(written(tmp_path, edm), "folder", CPU)
 
 
-# ---------------------------------------------------------------------------------------------------------------- names and places
+# ----------------------------------------------------------------------- names and places
+
 
 class Web:
     """urllib.request.urlopen with one file behind every address."""
@@ -298,10 +417,13 @@ def test_a_short_name_is_downloaded_once_and_checked_afterwards(cache, monkeypat
     value, original = edm_object(resolution=32)
     web = Web(dump(value))
     monkeypatch.setattr(urllib.request, "urlopen", web)
-    for spec in ("edm-cifar10-32x32-uncond-vp", "edm-cifar10-32x32-uncond-vp", None):  # the default of cifar10 is the same file
+    name = "edm-cifar10-32x32-uncond-vp"
+    for spec in (name, name, None):  # the default of cifar10 is the same file
         loaded = load_teacher(spec, "cifar10", CPU)
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters()))
-    assert web.asked == ["https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl"]
+    assert web.asked == [
+        "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-cifar10-32x32-uncond-vp.pkl"
+    ]
     file = cache_dir() / "edm-cifar10-32x32-uncond-vp.pkl"
     record = json.loads(Path(f"{file}.json").read_text())
     assert record["bytes"] == len(web.data) and len(record["sha256"]) == 64
@@ -311,7 +433,7 @@ def test_a_short_name_is_downloaded_once_and_checked_afterwards(cache, monkeypat
 
 
 def test_imagenets_teacher_needs_no_images(cache, monkeypatch):
-    """`python ld3.py --dataset imagenet64`: the public teacher and, with Inception, EDM's moments are all that it takes."""
+    """As in `python ld3.py --dataset imagenet64`, which needs EDM's moments for its FID, too."""
     value, original = edm_object(resolution=64)
     monkeypatch.setattr(urllib.request, "urlopen", Web(dump(value)))
     assert load_teacher(None, "imagenet64", CPU).net.img_shape == (3, 64, 64)
@@ -321,8 +443,9 @@ def test_any_address(cache, monkeypatch):
     value, original = edm_object(resolution=32)
     web = Web(dump(value))
     monkeypatch.setattr(urllib.request, "urlopen", web)
-    loaded = load_teacher("https://example.org/models/mine.pkl", "cifar10", CPU)
-    assert web.asked == ["https://example.org/models/mine.pkl"] and torch.equal(next(loaded.parameters()), next(original.parameters()))
+    loaded = load_teacher("https://example.org/models/some.pkl", "cifar10", CPU)
+    assert web.asked == ["https://example.org/models/some.pkl"]
+    assert torch.equal(next(loaded.parameters()), next(original.parameters()))
 
 
 @pytest.mark.parametrize("spec", [None, "edm-cifar10-32x32-cond-ve", "https://example.org/x.pkl"])
@@ -337,8 +460,9 @@ def test_without_a_network_the_line_says_what_to_do(spec, cache, monkeypatch):
 
 
 def test_names_are_those_of_the_public_files():
-    assert len(NAMES) == 9 and all(default in NAMES for default in teachers.DEFAULT.values())
-    assert {name.removeprefix("edm-") for name in NAMES} >= {key.rsplit("-aug", 1)[0] for key in SHAPES}
+    assert len(NAMES) == 9 and all(default in NAMES for default in teachers.PUBLIC.values())
+    golden = {key.rsplit("-aug", 1)[0] for key in SHAPES}
+    assert {name.removeprefix("edm-") for name in NAMES} >= golden
 
 
 def test_a_teacher_of_other_images_is_refused(tmp_path, cache):
@@ -351,8 +475,10 @@ def test_a_teacher_of_other_images_is_refused(tmp_path, cache):
 
 def test_arguments_left_out_are_the_defaults(tmp_path, cache):
     """ImageNet-64's pickle does not name what is DhariwalUNet's own default."""
-    value, _ = edm_object("adm", label_dim=10, augment_dim=0, model_channels=64, channel_mult=[1, 1])
+    sizes = {"model_channels": 64, "channel_mult": [1, 1]}
+    value, _ = edm_object("adm", label_dim=10, augment_dim=0, **sizes)
     state = read_edm_pickle(written(tmp_path, value))
-    assert state["arch"] == "adm" and "channel_mult_emb" not in state["kwargs"] and state["sigma_data"] == 0.5
+    assert state["arch"] == "adm" and state["sigma_data"] == 0.5
+    assert "channel_mult_emb" not in state["kwargs"]
     assert state["kwargs"]["model_channels"] == 64 and state["kwargs"]["label_dim"] == 10
     assert set(state["weights"]) == set(Denoiser(ARCHS["adm"](**state["kwargs"])).state_dict())

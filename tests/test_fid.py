@@ -1,19 +1,33 @@
-"""common/fid.py: the distance is the distance, the features are those of the FID network, the images those of their seeds."""
+"""common/fid.py: the distance, the features of the FID network, images that belong to seeds."""
+
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import linalg
 from torch import nn
 
-from common import fid
+from common import UsageError, fid
 from common.classifier import Classifier
 from common.datasets import load_dataset, to_float, to_uint8
-from common.fid import (Inception, Moments, feature_extractor, frechet_distance, load_moments, make_judge, measure, precision_recall,
-                        reference_moments)
-from common.training import Options, UsageError, noise_from_seeds
+from common.diffusion import noise_from_seeds
+from common.fid import (
+    Evaluator,
+    Metrics,
+    Moments,
+    feature_extractor,
+    frechet_distance,
+    load_moments,
+    make_evaluator,
+    precision_recall,
+    reference_moments,
+)
+from common.machinery import inception
+from common.machinery.inception import Inception, old_resize
+from common.machinery.options import Options
 
 
 @pytest.fixture(autouse=True)
@@ -23,17 +37,20 @@ def cache(tmp_path, monkeypatch):
 
 
 def random_moments(seed, dim=12, n=40):
-    x = np.random.default_rng(seed).normal(size=(n, dim)) @ np.random.default_rng(seed + 1).normal(size=(dim, dim))
+    x = np.random.default_rng(seed).normal(size=(n, dim))
+    x = x @ np.random.default_rng(seed + 1).normal(size=(dim, dim))
     return x.mean(0), np.cov(x, rowvar=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the distance
+# --------------------------------------------------------------------------- the distance
+
 
 def test_distance_is_that_of_the_formula():
     (mu1, cov1), (mu2, cov2) = random_moments(0), random_moments(5)
     expected = ((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * linalg.sqrtm(cov1 @ cov2).real)
     assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-10)
-    tensors = [torch.from_numpy(a) for a in (mu2, cov2, mu1, cov1)]  # and symmetric, whatever the type
+    # And symmetric, whatever the type.
+    tensors = [torch.from_numpy(a) for a in (mu2, cov2, mu1, cov1)]
     assert frechet_distance(*tensors) == pytest.approx(expected, rel=1e-10)
 
 
@@ -43,7 +60,9 @@ def test_distance_is_that_of_pytorch_fid():
     try:
         expected = score.calculate_frechet_distance(mu1, cov1, mu2, cov2)
     except TypeError:
-        pytest.skip("this pytorch-fid calls scipy's sqrtm with an argument that this scipy no longer has")
+        pytest.skip(
+            "this pytorch-fid calls scipy's sqrtm with an argument that this scipy no longer has"
+        )
     assert frechet_distance(mu1, cov1, mu2, cov2) == pytest.approx(expected, rel=1e-8)
 
 
@@ -52,8 +71,11 @@ def test_distance_of_commuting_gaussians_is_elementary():
     a, b = np.array([4.0, 1, 0, 9, 0.25, 0]), np.array([1.0, 1, 4, 0, 2.25, 0])  # both singular
     mu1, mu2 = np.arange(6.0), np.ones(6)
     expected = ((mu1 - mu2) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert frechet_distance(mu1, basis * a @ basis.T, mu2, basis * b @ basis.T) == pytest.approx(expected, abs=1e-6)
-    assert frechet_distance(mu1, np.zeros((6, 6)), mu2, np.zeros((6, 6))) == pytest.approx(((mu1 - mu2) ** 2).sum())
+    found = frechet_distance(mu1, basis * a @ basis.T, mu2, basis * b @ basis.T)
+    assert found == pytest.approx(expected, abs=1e-6)
+    nothing = np.zeros((6, 6))
+    found = frechet_distance(mu1, nothing, mu2, nothing)
+    assert found == pytest.approx(((mu1 - mu2) ** 2).sum())
 
 
 def test_distance_to_itself_is_zero():
@@ -72,14 +94,16 @@ def test_moments_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("sizes", [[50], [1] * 50, [7, 1, 30, 12]])
 def test_moments_are_those_of_numpy_however_they_arrive(sizes):
-    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2, 3, 4, 5]) + 1000  # far from 0
+    x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([1.0, 2, 3, 4, 5]) + 1000  # far from 0
     moments = Moments(5)
     for part in x.split(sizes):
         moments.add(part)
     mu, cov = moments.mean_cov()
     assert moments.n == 50 and mu.dtype == cov.dtype == torch.float64
     np.testing.assert_allclose(mu, x.double().mean(0), rtol=1e-13)
-    np.testing.assert_allclose(cov, np.cov(x.double().numpy(), rowvar=False), rtol=1e-10, atol=1e-10)
+    expected = np.cov(x.double().numpy(), rowvar=False)
+    np.testing.assert_allclose(cov, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_one_image_has_no_covariance():
@@ -89,12 +113,14 @@ def test_one_image_has_no_covariance():
         moments.mean_cov()
 
 
-# ------------------------------------------------------------------------------------------------------------ feature extractors
+# --------------------------------------------------------------------- feature extractors
+
 
 @pytest.fixture(scope="module")
 def random_inception():
     """Weights for the Inception of the FID under which no layer dies out."""
     from torchvision.models import inception_v3
+
     net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
     generator = torch.Generator().manual_seed(0)
     weights = net.state_dict()
@@ -107,12 +133,15 @@ def random_inception():
 
 
 def test_inception_gives_the_features_of_pytorch_fid(random_inception, monkeypatch):
-    """The network is theirs; images come in as in TensorFlow's graph, which pytorch-fid only approximates."""
+    """The network is theirs, the resize is TensorFlow's, which theirs only approximates."""
     theirs = pytest.importorskip("pytorch_fid.inception")
-    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *args, **kwargs: random_inception)
-    images = torch.randint(0, 256, (2, 3, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(
+        theirs, "load_state_dict_from_url", lambda *args, **kwargs: random_inception
+    )
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (2, 3, 9, 9), dtype=torch.uint8, generator=generator)
     ours = Inception(random_inception)
-    as_in_the_graph = (fid.old_resize(fid.old_resize(images.double(), 299).mT, 299).mT - 128) / 128
+    as_in_the_graph = (old_resize(old_resize(images.double(), 299).mT, 299).mT - 128) / 128
     with torch.no_grad():
         net = theirs.InceptionV3(resize_input=False, normalize_input=False).eval()
         expected = net(as_in_the_graph.float())[0][..., 0, 0]  # (2, 2048)
@@ -121,24 +150,32 @@ def test_inception_gives_the_features_of_pytorch_fid(random_inception, monkeypat
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4 * expected.std().item())
     assert expected.std(0).mean() > 1e-3 * expected.std()  # the images can be told apart
     assert 1e-3 * expected.std() < (features - approximate).abs().mean() < expected.std()
-    assert torch.equal(ours.logits(features), features @ random_inception["fc.weight"].T)  # Inception Score's: without the bias
+    # The Inception Score's logits are without the bias.
+    assert torch.equal(ours.logits(features), features @ random_inception["fc.weight"].T)
 
 
 def test_the_resize_is_tensorflows_old_one():
-    """Place i of 299 looks at i * W / 299; the last place of the border repeats. By hand, and against NVIDIA's way to write it."""
+    """Place i of 299 reads i * W / 299; beyond the border the last value repeats.
+
+    By hand, and against NVIDIA's way to write it.
+    """
     x = torch.tensor([[0.0, 10.0, 40.0]])
-    torch.testing.assert_close(fid.old_resize(x, 6)[0], torch.tensor([0.0, 5, 10, 25, 40, 40]))
+    torch.testing.assert_close(old_resize(x, 6)[0], torch.tensor([0.0, 5, 10, 25, 40, 40]))
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theta = torch.eye(2, 3, dtype=torch.float64)
-    theta[:, 2] += theta.diagonal() / 32 - theta.diagonal() / 299  # sampling points of align_corners=False, moved by their half pixels
-    grid = torch.nn.functional.affine_grid(theta.expand(2, 2, 3), (2, 3, 299, 299), align_corners=False)
-    expected = torch.nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    torch.testing.assert_close(fid.old_resize(fid.old_resize(x, 299).mT, 299).mT, expected, rtol=0, atol=1e-9)
+    # The sampling points of align_corners=False, moved by their half pixels.
+    theta[:, 2] += theta.diagonal() / 32 - theta.diagonal() / 299
+    grid = F.affine_grid(theta.expand(2, 2, 3), (2, 3, 299, 299), align_corners=False)
+    how = dict(mode="bilinear", padding_mode="border", align_corners=False)
+    expected = F.grid_sample(x, grid, **how)
+    found = old_resize(old_resize(x, 299).mT, 299).mT
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Stand-ins for what is large: Inception and the training of a CIFAR-10 classifier."""
+
     class Small(nn.Module):
         def __init__(self, weights):
             super().__init__()
@@ -149,25 +186,30 @@ def small(monkeypatch):
 
         def logits(self, features):
             return features / 50
+
     torch.manual_seed(0)
     net = Classifier(32, 3, 10, 2).eval().requires_grad_(False)
-    monkeypatch.setattr(fid, "Inception", Small)
+    monkeypatch.setattr(inception, "Inception", Small)
     monkeypatch.setattr(fid, "load_classifier", lambda *args, **kwargs: net)
     return net
 
 
-def test_digits_are_seen_by_their_classifier():
+def test_features_of_digits_are_their_classifiers():
     extractor, images = feature_extractor("digits", "cpu"), load_dataset("digits").images[:9]
     assert extractor.name == "digits-classifier" and extractor.dim == 64
     features = extractor(images)
-    assert features.shape == (9, 64) and features.dtype == torch.float32 and not features.requires_grad
+    assert features.shape == (9, 64) and features.dtype == torch.float32
+    assert not features.requires_grad
     torch.testing.assert_close(features, fid.load_classifier("digits", "cpu")(to_float(images))[0])
 
 
 def test_given_inception_weights_are_used(tmp_path, small):
     torch.save({"scale": torch.full((3,), 2.0)}, tmp_path / "weights.pth")
     torch.save({"scale": torch.full((3,), 3.0)}, tmp_path / "others.pth")
-    extractor, other = (feature_extractor("cifar10", "cpu", tmp_path / f"{name}.pth") for name in ("weights", "others"))
+    extractor, other = (
+        feature_extractor("cifar10", "cpu", tmp_path / f"{name}.pth")
+        for name in ("weights", "others")
+    )
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     torch.testing.assert_close(extractor(images), 2 * images.float().mean((2, 3)))
     assert not extractor(images).requires_grad
@@ -176,43 +218,58 @@ def test_given_inception_weights_are_used(tmp_path, small):
     with pytest.raises(UsageError, match="--inception .*weights.pth.*not readable"):
         feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     torch.save({"fc.weight": torch.ones(3)}, tmp_path / "weights.pth")  # another network's
-    with pytest.raises(UsageError, match="--inception .*weights.pth: not the weights of FID's Inception"):
+    pattern = "--inception .*weights.pth: not the weights of FID's Inception"
+    with pytest.raises(UsageError, match=pattern):
         feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     with pytest.raises(UsageError, match="--inception .*colour images only"):
         feature_extractor("digits", "cpu", tmp_path / "weights.pth")
 
 
-def test_without_inception_the_classifier_stands_in_and_says_so(small, monkeypatch, capsys, cache):
+def test_without_inception_the_classifier_stands_in_and_is_named(small, monkeypatch, capsys, cache):
     def fail(url, path, what):
         raise UsageError(f"could not download {url}; put it at {path}")
-    monkeypatch.setattr(fid, "download", fail)
+
+    monkeypatch.setattr(inception, "download", fail)
     extractor = feature_extractor("cifar10", "cpu")
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and fid.INCEPTION_URL in printed and str(cache / fid.INCEPTION_FILE) in printed
+    assert printed.count("\n") == 1
+    assert inception.URL in printed and str(cache / inception.FILE) in printed
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(extractor(images), small(to_float(images))[0])
-    assert extractor.name == f"cifar10-classifier-{extractor.digest[:6]}"  # trained on this machine: not the next one's
+    # Trained on this machine: not the next one's.
+    assert extractor.name == f"cifar10-classifier-{extractor.digest[:6]}"
     small.head.bias += 1
     assert feature_extractor("cifar10", "cpu").digest != extractor.digest
 
 
 def test_a_damaged_inception_file_is_not_used(small, cache, capsys):
     cache.mkdir()
-    (cache / fid.INCEPTION_FILE).write_bytes(b"half of it")
+    (cache / inception.FILE).write_bytes(b"half of it")
     assert feature_extractor("cifar10", "cpu").name.startswith("cifar10-classifier")
     assert "damaged" in capsys.readouterr().out
 
 
 def test_the_downloaded_inception_file_is_checked_and_used(small, monkeypatch, cache):
-    monkeypatch.setattr(fid, "download", lambda url, path, what: torch.save({"scale": torch.ones(3)}, path))
+    def download(url, path, what):
+        assert url == inception.URL and path == cache / inception.FILE
+        torch.save({"scale": torch.ones(3)}, path)
+
+    monkeypatch.setattr(inception, "download", download)
     digests = iter(["6726825d" + "0" * 56, "0" * 64])
-    monkeypatch.setattr(fid, "_digest", lambda net: "net")
-    monkeypatch.setattr(fid.hashlib, "sha256", lambda data: type("Hash", (), {"hexdigest": lambda self: next(digests)})())
+    monkeypatch.setattr(fid, "weights_digest", lambda net: "net" * 3)
+
+    class Hash:
+        def __init__(self, data):
+            self.hexdigest = lambda: next(digests)
+
+    monkeypatch.setattr(inception.hashlib, "sha256", Hash)
     assert feature_extractor("cifar10", "cpu").name == "inception"
-    assert feature_extractor("cifar10", "cpu").name.startswith("cifar10-classifier")  # the second digest is wrong
+    # The second digest is wrong.
+    assert feature_extractor("cifar10", "cpu").name.startswith("cifar10-classifier")
 
 
-# --------------------------------------------------------------------------------------------------------- references and scores
+# ----------------------------------------------------------------- references and metrics
+
 
 def test_reference_moments_are_kept_per_split_and_features(monkeypatch, cache, capsys):
     extractor = feature_extractor("digits", "cpu")
@@ -229,10 +286,11 @@ def test_reference_moments_are_kept_per_split_and_features(monkeypatch, cache, c
         with pytest.raises(TypeError):
             reference_moments("digits", extractor)
     extractor.digest = feature_extractor("digits", "cpu").digest
-    file, = cache.glob("moments-digits-train-digits-classifier-*.npz")
+    (file,) = cache.glob("moments-digits-train-digits-classifier-*.npz")
     np.testing.assert_array_equal(load_moments(file, extractor)[1], cov)
     file.write_bytes(file.read_bytes()[:1000])
-    assert np.array_equal(reference_moments("digits", extractor)[0], mu) and "damaged" in capsys.readouterr().out
+    assert np.array_equal(reference_moments("digits", extractor)[0], mu)
+    assert "damaged" in capsys.readouterr().out
 
 
 def test_moments_of_edm_are_read(tmp_path):
@@ -249,20 +307,25 @@ def test_moments_of_edm_are_read(tmp_path):
         with pytest.raises(UsageError, match=f"{name}.*`mu` and `sigma`"):
             load_moments(tmp_path / name, extractor)
     extractor.dim += 1
-    with pytest.raises(UsageError, match=f"ref.npz.* {len(mu)} features, some-features has {len(mu) + 1}"):
+    pattern = f"ref.npz.* {len(mu)} features, some-features has {len(mu) + 1}"
+    with pytest.raises(UsageError, match=pattern):
         load_moments(tmp_path / "ref.npz", extractor)
 
 
-def row_of(judge, x0):
+def row_of(evaluator, x0):
     """The columns of images x0 (n, C, H, W) that come in batches."""
-    score = fid.Score(judge, len(x0))
+    metrics = Metrics(evaluator, len(x0))
     for start in range(0, len(x0), 250):
-        score.add(x0[start:start + 250], start)
-    return score.row()
+        metrics.add(x0[start : start + 250], start)
+    return metrics.row()
 
 
-def settings(eval_n, eval_batch=250, **options):
-    return Options(eval_n=eval_n, eval_batch=eval_batch, **options)
+def measure(samplers, evaluator=None, n=5, batch=250, shape=(1, 4, 4), classes=0, reference=None):
+    """`fid.measure` without a Run: rows, pictures."""
+    config = Options(eval_n=n, eval_batch=batch)
+    run = SimpleNamespace(config=config, device=torch.device("cpu"), rank=0)
+    net = SimpleNamespace(img_shape=shape, label_dim=classes)
+    return fid.measure(run, samplers, net, evaluator, reference)
 
 
 def test_an_image_belongs_to_its_seed_whatever_the_batch():
@@ -272,42 +335,66 @@ def test_an_image_belongs_to_its_seed_whatever_the_batch():
         assert noise.dtype == torch.float64
         seen.append(len(noise))
         return 0.2 * noise + labels[:, None, None, None] - 1
-    pictures = [measure({("a", 1): sampler}, settings(5, size), (1, 4, 4), "cpu", label_dim=3)[1]["a 1"] for size in (1, 2, 256)]
-    assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[0], pictures[2]) and seen == [1] * 5 + [2, 2, 1] + [5]
+
+    samplers = {("a", 1): sampler}
+    pictures = [measure(samplers, batch=size, classes=3)[1]["a 1"] for size in (1, 2, 256)]
+    assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[0], pictures[2])
+    assert seen == [1] * 5 + [2, 2, 1] + [5]
     for seed, image in enumerate(pictures[0]):
-        alone = 0.2 * torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)).double() + seed % 3 - 1
-        assert torch.equal(image, to_uint8(alone.float()))
+        noise = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)).double()
+        assert torch.equal(image, to_uint8((0.2 * noise + seed % 3 - 1).float()))
     assert len(pictures[0].flatten(1).unique(dim=0)) == 5
-    assert len(measure({("a", 1): sampler}, settings(90), (1, 4, 4), "cpu", label_dim=3)[1]["a 1"]) == 16  # all there is to see
-    assert fid.labels_for(range(12), 10, "cpu").tolist() == [*range(10), 0, 1] and fid.labels_for([1], 0, "cpu") is None
+    assert len(measure(samplers, n=90, classes=3)[1]["a 1"]) == 16  # all there is to see
+    assert fid.labels_for(range(12), 10, "cpu").tolist() == [*range(10), 0, 1]
+    assert fid.labels_for([1], 0, "cpu") is None
 
 
 def close(row, other):
-    return row.keys() == other.keys() and all(v == (w if isinstance(v, str) else pytest.approx(w, rel=1e-5)) for v, w in
-                                              zip(row.values(), other.values()))
+    return row.keys() == other.keys() and all(
+        v == (w if isinstance(v, str) else pytest.approx(w, rel=1e-5))
+        for v, w in zip(row.values(), other.values())
+    )
 
 
-def test_rows_are_those_of_all_images_and_of_the_first_sampler_as_truth():
-    judge = make_judge(Options(smoke=True, recall=True), "cpu", unseen=True)
-    samplers = {("teacher", 9): lambda noise, labels: 0.5 * noise, ("ours", 2): lambda noise, labels: 0.4 * noise + 0.1}
+def test_rows_are_those_of_all_images_and_the_reference_is_sampled_first():
+    evaluator = make_evaluator(Options(smoke=True, recall=True), "cpu", unseen=True)
+    order = []
+
+    def teacher(noise, labels):
+        order.append("teacher")
+        return 0.5 * noise
+
+    def ours(noise, labels):
+        order.append("ours")
+        return 0.4 * noise + 0.1
+
+    samplers = {("ours", 2): ours, ("teacher", 9): teacher}
+    sizes = dict(n=70, batch=32, shape=(1, 8, 8))
+    rows, pictures = measure(samplers, evaluator, reference="teacher", **sizes)
+    assert order == ["teacher", "ours"] * 3
+    assert [(row.pop("name"), row.pop("nfe")) for row in rows] == list(samplers)
+    assert list(pictures) == ["ours 2", "teacher 9"]
     noise = noise_from_seeds(range(70), (1, 8, 8))
-    rows, pictures = measure(samplers, settings(70, 32), (1, 8, 8), "cpu", judge, truth=True)
-    assert [(row.pop("name"), row.pop("nfe")) for row in rows] == list(samplers) and list(pictures) == ["teacher 9", "ours 2"]
+    target = teacher(noise, None)
     for row, sampler in zip(rows, samplers.values()):
-        error = row.pop("rmse_to_teacher")
-        assert error == pytest.approx((sampler(noise, None) - 0.5 * noise).square().mean().sqrt().item(), abs=1e-7)
-        alone = row_of(judge, sampler(noise, None).float())
-        assert close(row, alone) and row["fid_n"] == 70 and {"fid_unseen", "recall"} <= row.keys()
+        x0 = sampler(noise, None)
+        error = (x0 - target).square().mean().sqrt().item()
+        assert row.pop("rmse_to_teacher") == pytest.approx(error, abs=1e-7)
+        assert close(row, row_of(evaluator, x0.float())) and row["fid_n"] == 70
+        assert {"fid_unseen", "recall"} <= row.keys()
     assert rows[0]["fid"] != rows[1]["fid"]
-    assert "rmse_to_teacher" not in measure(samplers, settings(70), (1, 8, 8), "cpu", judge)[0][1]
+    order.clear()
+    rows, _ = measure(samplers, evaluator, **sizes)
+    assert not any("rmse_to_teacher" in row for row in rows) and order[:2] == ["ours", "teacher"]
 
 
 def test_recall_is_against_images_of_all_classes(monkeypatch):
     images = torch.arange(120_000).view(-1, 1, 1, 1)
-    monkeypatch.setattr(fid, "feature_extractor", lambda *a: fid.FeatureExtractor("x", "0", 1, "cpu", lambda batch: batch.flatten(1)))
+    extractor = fid.FeatureExtractor("x", "0", 1, "cpu", lambda batch: batch.flatten(1))
+    monkeypatch.setattr(fid, "feature_extractor", lambda *a: extractor)
     monkeypatch.setattr(fid, "reference_moments", lambda *a: ())
     monkeypatch.setattr(fid, "load_dataset", lambda *a: SimpleNamespace(images=images))
-    real = make_judge(Options(recall=True), "cpu").real
+    real = make_evaluator(Options(recall=True), "cpu").real
     assert 30_000 < len(real) <= 50_000 and real.min() < 3 and real.max() > 119_990
 
 
@@ -319,16 +406,19 @@ def test_sampling_keeps_no_graph_and_refuses_what_is_not_finite():
         x0 = scale * noise
         assert not x0.requires_grad and labels is None
         return x0 / (noise[:, :1, :1, :1] - third)
-    measure({("cfd", 4): sampler}, settings(3), (1, 2, 2), "cpu")
+
+    measure({("cfd", 4): sampler}, n=3, shape=(1, 2, 2))
     with pytest.raises(UsageError, match="cfd 4.*not finite, images 2 to 3"):
-        measure({("cfd", 4): sampler}, settings(4, 2), (1, 2, 2), "cpu")
+        measure({("cfd", 4): sampler}, n=4, batch=2, shape=(1, 2, 2))
 
 
 def inception_score(p, parts):
     """Salimans et al. 2016, their code: exp of the mean KL(p(y | x) || p(y)) of each part."""
     scores = []
     for part in np.array_split(p, parts):
-        scores.append(np.exp(np.mean([sum(q * np.log(q / m) for q, m in zip(row, part.mean(0)) if q > 0) for row in part])))
+        mean = part.mean(0)
+        kl = [sum(q * np.log(q / m) for q, m in zip(row, mean) if q > 0) for row in part]
+        scores.append(np.exp(np.mean(kl)))
     return np.mean(scores), np.std(scores)
 
 
@@ -337,45 +427,56 @@ def test_inception_score_is_the_mean_over_ten_parts(small, tmp_path, n, parts):
     torch.save({"scale": torch.tensor([1.0, 2.0, 3.0])}, tmp_path / "weights.pth")
     extractor = feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     extractor.dim = 3
-    judge = fid.Judge(extractor, (np.zeros(3), np.eye(3)))
-    x0 = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0)) ** torch.arange(1, n + 1).view(-1, 1, 1, 1) * 2 - 1
-    row = row_of(judge, x0)
+    evaluator = Evaluator(extractor, (np.zeros(3), np.eye(3)))
+    x0 = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x0 = x0 ** torch.arange(1, n + 1).view(-1, 1, 1, 1) * 2 - 1
+    row = row_of(evaluator, x0)
     p = (extractor(to_uint8(x0)).double() / 50).softmax(1).numpy()
-    assert (row["inception_score"], row["inception_score_sd"]) == pytest.approx(inception_score(p, parts))
-    batches = fid.Score(judge, n)
+    found = row["inception_score"], row["inception_score_sd"]
+    assert found == pytest.approx(inception_score(p, parts))
+    batches = Metrics(evaluator, n)
     for first in range(0, n, 3):
-        batches.add(x0[first:first + 3], first)
+        batches.add(x0[first : first + 3], first)
     assert close(batches.row(), row)
-    assert "inception_score" not in row_of(fid.Judge(replace(extractor, logits=None), judge.reference), x0)
+    without = Evaluator(replace(extractor, logits=None), evaluator.reference)
+    assert "inception_score" not in row_of(without, x0)
 
 
-def test_edms_moments_are_the_reference_where_inception_judges(small, tmp_path, monkeypatch, cache, capsys):
+def test_edms_moments_are_the_reference_with_inception(small, tmp_path, monkeypatch, cache, capsys):
     torch.save({"scale": torch.ones(3)}, tmp_path / "weights.pth")
     config = Options("cifar10", inception=str(tmp_path / "weights.pth"))
-    monkeypatch.setattr(fid, "reference_moments", lambda *args: ("own",))
+    monkeypatch.setattr(fid, "reference_moments", lambda *args: ("training",))
     monkeypatch.setattr(fid, "load_moments", lambda path, extractor: ("read", path))
-    monkeypatch.setattr(fid, "download", lambda url, path, what: (path, url))
-    assert make_judge(config, "cpu", unseen=True).unseen is None  # Inception's features, too, no loss has seen
-    judge = make_judge(config, "cpu")
-    assert (judge.reference, judge.against) == (("read", (cache / "edm-cifar10-32x32.npz", fid.EDM_REFERENCES["cifar10"])), "edm")
+    monkeypatch.setattr(inception, "download", lambda url, path, what: (path, url))
+
+    def found(config):
+        evaluator = make_evaluator(config, "cpu")
+        return evaluator.reference, evaluator.against
+
+    # No loss has seen Inception's features: a second space is not needed.
+    assert make_evaluator(config, "cpu", unseen=True).unseen is None
+    published = (cache / "edm-cifar10-32x32.npz", inception.EDM_REFERENCES["cifar10"])
+    assert found(config) == (("read", published), "edm")
     config.reference = "train"
-    assert (make_judge(config, "cpu").reference, make_judge(config, "cpu").against) == (("own",), "train")
+    assert found(config) == (("training",), "train")
     config.reference = "my.npz"
-    assert (make_judge(config, "cpu").reference, make_judge(config, "cpu").against) == (("read", "my.npz"), "my.npz")
+    assert found(config) == (("read", "my.npz"), "my.npz")
     batches = Options("imagenet64", data_dir=str(tmp_path), inception=config.inception)
-    assert make_judge(batches, "cpu").against == "edm"
+    assert found(batches)[1] == "edm"
     (tmp_path / "val_data").write_text("")  # downsampled ImageNet: other images than EDM's
-    assert make_judge(batches, "cpu").against == "train"
+    assert found(batches)[1] == "train"
 
     def fail(url, path, what):
         raise UsageError(f"{what}: no {url}")
-    monkeypatch.setattr(fid, "download", fail)
+
+    monkeypatch.setattr(inception, "download", fail)
     config.reference = None
-    assert make_judge(config, "cpu").against == "train" and "those of the training images" in capsys.readouterr().out
+    assert found(config)[1] == "train"
+    assert "those of the training images" in capsys.readouterr().out
     monkeypatch.setattr(fid, "edm_reference", lambda name: "not for the classifier")
-    monkeypatch.setattr(fid, "INCEPTION_FILE", "none")
+    monkeypatch.setattr(inception, "FILE", "none")
     config.inception = None
-    assert make_judge(config, "cpu").reference == ("own",)  # the classifier's features are not EDM's
+    assert found(config)[0] == ("training",)  # the classifier's features are not EDM's
 
 
 def test_fid_of_images_falls_as_they_get_better():
@@ -383,20 +484,27 @@ def test_fid_of_images_falls_as_they_get_better():
     reference = reference_moments("digits", extractor)
     x = to_float(load_dataset("digits").images)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    scores = [row_of(fid.Judge(extractor, reference), x + level * noise)["fid"] for level in (0, 0.1, 0.3, 1)]
-    assert scores[0] < 1e-4 and scores == sorted(scores) and scores[1] > 0.1 and scores[3] > 10
+    evaluator = Evaluator(extractor, reference)
+    fids = [row_of(evaluator, x + level * noise)["fid"] for level in (0, 0.1, 0.3, 1)]
+    assert fids[0] < 1e-4 and fids == sorted(fids) and fids[1] > 0.1 and fids[3] > 10
     features = extractor(to_uint8(x + 0.3 * noise)).double().numpy()
     expected = frechet_distance(features.mean(0), np.cov(features, rowvar=False), *reference[:2])
-    assert scores[2] == pytest.approx(expected, rel=1e-4)
+    assert fids[2] == pytest.approx(expected, rel=1e-4)
 
 
-# ----------------------------------------------------------------------------------------------------------- precision and recall
+# ------------------------------------------------------------------- precision and recall
+
 
 def brute_force(real, fake, k):
     """Kynkaanniemi et al. 2019, section 3.1, point by point."""
+
     def share(points, x):
-        radius = [sorted(float(np.linalg.norm(a - b)) for j, b in enumerate(x) if j != i)[k - 1] for i, a in enumerate(x)]
+        radius = []
+        for i, a in enumerate(x):
+            distances = [float(np.linalg.norm(a - b)) for j, b in enumerate(x) if j != i]
+            radius.append(sorted(distances)[k - 1])
         return np.mean([any(np.linalg.norm(p - a) <= r for a, r in zip(x, radius)) for p in points])
+
     return share(fake, real), share(real, fake)
 
 
@@ -406,8 +514,10 @@ def test_precision_and_recall_are_those_of_the_definition(k, batch_size):
     rng = np.random.default_rng(0)
     for shift, scale in ((0, 1), (1, 0.5), (0, 3)):
         real, fake = rng.normal(size=(40, 6)), shift + scale * rng.normal(size=(50, 6))
-        found = precision_recall(torch.from_numpy(real).float(), torch.from_numpy(fake).float(), k, batch_size)
-        assert found == pytest.approx(brute_force(real, fake, k)) and 0 < max(found) and found[0] != found[1]
+        features = torch.from_numpy(real).float(), torch.from_numpy(fake).float()
+        found = precision_recall(*features, k, batch_size)
+        assert found == pytest.approx(brute_force(real, fake, k))
+        assert 0 < max(found) and found[0] != found[1]
 
 
 def test_precision_sees_wrong_images_and_recall_missing_ones():
@@ -420,15 +530,20 @@ def test_precision_sees_wrong_images_and_recall_missing_ones():
     assert precision == 0.5 and recall == 1
 
 
-def test_judge_gives_recall_in_the_space_that_no_loss_has_seen():
-    judge = make_judge(Options(smoke=True, recall=True), "cpu", unseen=True)  # the second classifier after 5 steps
+def test_recall_is_given_in_the_space_that_no_loss_has_seen():
+    # The second classifier is one after 5 steps.
+    evaluator = make_evaluator(Options(smoke=True, recall=True), "cpu", unseen=True)
     real = load_dataset("digits").images
     x0 = to_float(load_dataset("digits", "test").images)
-    row = row_of(judge, x0)
-    expected = precision_recall(judge.unseen.extractor(real), judge.unseen.extractor(to_uint8(x0)))
-    assert (row["precision"], row["recall"]) == pytest.approx(expected) and 0 < row["recall"] != row["precision"] < 1
+    row = row_of(evaluator, x0)
+    extractor = evaluator.unseen.extractor
+    expected = precision_recall(extractor(real), extractor(to_uint8(x0)))
+    assert (row["precision"], row["recall"]) == pytest.approx(expected)
+    assert 0 < row["recall"] != row["precision"] < 1
     assert row["precision_recall_features"] == row["fid_unseen_features"] != row["fid_features"]
-    assert row["fid"] == row_of(make_judge(Options(), "cpu"), x0)["fid"] != row["fid_unseen"]
-    alone = row_of(make_judge(Options(recall=True), "cpu"), x0)
-    assert alone["precision_recall_features"] == "digits-classifier" and alone["recall"] != row["recall"] and "fid_unseen" not in alone
-    assert "recall" not in row_of(make_judge(Options(smoke=True), "cpu", unseen=True), x0)
+    plain = row_of(make_evaluator(Options(), "cpu"), x0)
+    assert row["fid"] == plain["fid"] != row["fid_unseen"]
+    alone = row_of(make_evaluator(Options(recall=True), "cpu"), x0)
+    assert alone["precision_recall_features"] == "digits-classifier"
+    assert alone["recall"] != row["recall"] and "fid_unseen" not in alone
+    assert "recall" not in row_of(make_evaluator(Options(smoke=True), "cpu", unseen=True), x0)

@@ -1,8 +1,10 @@
-"""Every script killed, stopped, starved of disk space: only the step that was going on is lost, and the end is the same, bit for bit.
+"""Every script killed, stopped, out of disk space: it loses one step and ends the same, bitwise.
 
-Python and torch take seconds to start, a kill takes milliseconds: one process imports everything once and forks a child per attempt.
-Run as a program, this file is that process: a job (JSON) per line in, the exit code of the child that ran it (-9: killed) per line out.
+Python and torch take seconds to start, a kill takes milliseconds: one process imports everything
+once and forks a child per attempt. Run as a program, this file is that process: a job (JSON) per
+line in, the exit code of the child that ran it (-9: killed) per line out.
 """
+
 import functools
 import getpass
 import importlib
@@ -22,21 +24,29 @@ import pytest
 import torch
 
 import progressive
-from common import training
+from common import UsageError
 from common.diffusion import Denoiser
-from common.plots import save_rows
-from common.teacher import save_teacher
+from common.machinery import files
+from common.machinery.files import load_checkpoint, save_checkpoint
+from common.machinery.options import cli
+from common.machinery.plots import save_rows
+from common.machinery.run import Run
+from common.teacher import load_teacher, save_teacher
 from common.unet import ddpmpp
 
 ROOT = Path(__file__).parent.parent
+NET = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8]}
+QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 METHODS = ("progressive", "ld3", "dode", "cfd", "cud", "distributional", "common.teacher")
-PLACES = ("open", "half", "written", "synced", "renamed")  # of atomic_write: where a child can be told to kill itself
+# Places in atomic_write where a child can kill itself.
+PLACES = ("open", "half", "written", "synced", "renamed")
 
 
-# ------------------------------------------------------------------------------------------------------------- the forking process
+# -------------------------------------------------------------------- the forking process
+
 
 class SlowFile:
-    """A file that is written in many small pieces; `die` is called before each with the bytes written so far."""
+    """A file that is written in small pieces; before each, `die` gets the bytes written so far."""
 
     def __init__(self, file, die):
         self.file, self.die, self.done = file, die, 0
@@ -45,9 +55,9 @@ class SlowFile:
         data = memoryview(data).cast("B")
         for start in range(0, len(data), 4096):
             self.die(self.done)
-            self.file.write(data[start:start + 4096])
+            self.file.write(data[start : start + 4096])
             self.file.flush()
-            self.done += len(data[start:start + 4096])
+            self.done += len(data[start : start + 4096])
         return len(data)
 
     def __getattr__(self, name):
@@ -55,8 +65,14 @@ class SlowFile:
 
 
 def die_while_writing(place, count, half):
-    """Arrange that this process kills itself in the `count`-th writing of a checkpoint, at `place`; half: bytes that are half of it."""
-    die, (write, fsync, replace) = functools.partial(os.kill, os.getpid(), signal.SIGKILL), (training.atomic_write, os.fsync, os.replace)
+    """Arrange that this process kills itself at `place` of the `count`-th writing of a checkpoint.
+
+    half: bytes that are half of it.
+    """
+    write, fsync, replace = files.atomic_write, os.fsync, os.replace
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def atomic_write(path, content):
         nonlocal count
@@ -70,37 +86,53 @@ def die_while_writing(place, count, half):
             content(SlowFile(file, lambda done: place == "half" and done >= half and die()))
             if place == "written":
                 die()
+
         os.fsync = lambda number: (fsync(number), place == "synced" and die())
         os.replace = lambda a, b: (replace(a, b), place == "renamed" and die())
         write(path, slowly)
         raise AssertionError(f"this process should have died when the file was {place}")
-    training.atomic_write = atomic_write
+
+    files.atomic_write = atomic_write
 
 
 def child(job):
     """Run the job as the script would, but with a checkpoint after every step; never returns."""
     module = importlib.import_module(job["method"])
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in job["options"].items()}
+    options = {}
+    for name, value in job["options"].items():
+        options[name] = tuple(value) if isinstance(value, list) else value
     with open(job["output"], "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    run = training.Run.__init__
-    training.Run.__init__ = lambda self, method, config, **_: run(self, method, config, checkpoint_seconds=job.get("seconds", 0))
+    original = Run.__init__
+
+    def init(self, method, config, **_):
+        original(self, method, config, checkpoint_seconds=job.get("seconds", 0))
+
+    Run.__init__ = init
     if "die" in job:
         die_while_writing(*job["die"])
-    if "largest" in job:  # no file may grow beyond: write() then fails as on a full disk, with EFBIG for ENOSPC
+    if "largest" in job:  # no file may grow beyond: as on a full disk, with EFBIG for ENOSPC
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest"], job["largest"]))
     sys.argv = [f"{job['method']}.py"]
 
     def main():
-        result = getattr(module, "fit" if job["method"] == "dode" else "train")(module.Config(**options))
-        training.save_checkpoint(Path(options["out"]) / "result.pt", "result", {"result": plain(result)})
-    training.cli(main)
+        config = module.Config(**options)
+        if job["method"] == "ld3":
+            run, device = Run("ld3", config), torch.device("cpu")
+            teacher = load_teacher(config.teacher, config.dataset, device)
+            trained = module.train(config, run, teacher, module.make_distance(config, device))
+        else:
+            trained = (module.fit if job["method"] == "dode" else module.train)(config)
+        result = {"result": plain(trained)}
+        save_checkpoint(Path(options["out"]) / "result.pt", "result", result)
+
+    cli(main)
 
 
 def plain(result):
-    """What a training returns as something that a checkpoint can hold: grids, lambdas, the weights of nets, losses."""
+    """What a training returns, for a checkpoint: grids, lambdas, weights of networks, losses."""
     if hasattr(result, "state_dict"):
         return result.state_dict()
     if isinstance(result, dict):
@@ -115,7 +147,8 @@ def serve():
     for method in METHODS:
         importlib.import_module(method)
     weight = torch.ones(2, requires_grad=True)  # the first steps of optimizers import much more
-    for optimizer in (torch.optim.Adam([weight], fused=True), torch.optim.RMSprop([weight], momentum=0.9), torch.optim.SGD([weight])):
+    adam, rmsprop = torch.optim.Adam([weight], fused=True), torch.optim.RMSprop([weight])
+    for optimizer in (adam, rmsprop, torch.optim.SGD([weight])):
         weight.square().sum().backward()
         optimizer.step()
     print("ready", flush=True)
@@ -149,15 +182,17 @@ if __name__ == "__main__":
     serve()
 
 
-# --------------------------------------------------------------------------------------------------------------------- the trainings
+# -------------------------------------------------------------------------- the trainings
+
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory):
     """A function: job -> exit code."""
     temporary = tmp_path_factory.mktemp("temporary")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(temporary)}
-    with subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as process:
+    ours = {"PYTHONPATH": str(ROOT), "TMPDIR": str(temporary), **QUIET}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ours}, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
 
         def run(method, options, **more):
@@ -165,6 +200,7 @@ def forks(tmp_path_factory):
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
             return int(process.stdout.readline())
+
         run.temporary = temporary
         yield run
         process.stdin.close()
@@ -174,89 +210,131 @@ def forks(tmp_path_factory):
 def tiny(tmp_path_factory):
     """A teacher of some thousand random weights."""
     torch.manual_seed(0)
-    kwargs = dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.0)
+    kwargs = dict(img_resolution=8, img_channels=1, dropout=0.0, **NET)
     path = tmp_path_factory.mktemp("tiny") / "teacher.pt"
     save_teacher(path, Denoiser(ddpmpp(**kwargs)), "ddpmpp", kwargs, "digits")
     return str(path)
 
 
-NET = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8]}
-OPTIONS = {  # short steps, every kind of state: EMA, flips, stages, three learners, moved latents, a discriminator
-    "progressive": {"from_steps": 4, "updates": 8, "batch_size": 8, "ema": 0.9, "flip": True},
-    "ld3": {"nfe": 3, "steps": 36, "theta1_steps": 6, "train_n": 6, "valid_n": 2, "batch_size": 2, "valid_every": 3, "teacher_nfe": 6,
-            "lr_latent": 1e4, "lr1": 0.03},  # restless: the last grid is not the best
-    "dode": {"nfe": [3, 4, 5], "solver": ["ddim", "heun", "deis2"], "scale": 4, "fit_n": 12, "fit_batch": 4},
-    "cfd": {"from_steps": 4, "cfd_from": 2, "updates": 8, "batch_size": 8},
-    "cud": {**NET, "rk": "23", "independent": False, "shakedrop": True, "dropout": 0.1, "steps": 6, "batch_size": 8, "warmup": 2,
-            "baseline": True, "distill_steps": 2, "distill_n": 8, "encoder_channels": 8},
-    "distributional": {"smoke": True, "images": 192, "batch_size": 8, "r1_every": 4},
-    "common.teacher": {**NET, "steps": 24, "batch_size": 8, "warmup": 4},
+# Short steps, every kind of state: EMA, flips, stages, three trainings, moved latents, a
+# discriminator. LD3's rates are so high that the last grid is not the best.
+OPTIONS = {
+    "progressive": dict(from_steps=4, updates=8, batch_size=8, flip=True),
+    "ld3": dict(
+        nfe=3,
+        steps=36,
+        theta1_steps=6,
+        train_n=6,
+        valid_n=2,
+        batch_size=2,
+        teacher_nfe=6,
+        lr_latent=1e4,
+        lr1=0.03,
+    ),
+    "dode": dict(nfe=[3, 4, 5], solver=["ddim", "heun", "deis2"], scale=4, fit_n=12, fit_batch=4),
+    "cfd": dict(from_steps=4, cfd_from=2, updates=8, batch_size=8),
+    "cud": dict(
+        **NET,
+        rk="23",
+        independent=False,
+        shakedrop=True,
+        dropout=0.1,
+        steps=6,
+        batch_size=8,
+        warmup=2,
+        baseline=True,
+        distill_steps=2,
+        distill_n=8,
+        encoder_channels=8,
+    ),
+    "distributional": dict(smoke=True, images=192, batch_size=8, r1_every=4),
+    "common.teacher": dict(**NET, steps=24, batch_size=8, warmup=4),
 }
 
 
 def options_of(method, out, tiny, resume=False):
     more = {} if method in ("cud", "common.teacher") else {"teacher": tiny}
     save = {"save": f"{out}/teacher.pt"} if method == "common.teacher" else {}
-    return {**OPTIONS[method], **more, **save, "out": str(out), "device": "cpu", "resume": resume, "seed": 3}
+    given = {"out": str(out), "device": "cpu", "resume": resume, "seed": 3}
+    return {**OPTIONS[method], **more, **save, **given}
 
 
 def differences(a, b, place=""):
-    """Where two nested values differ, in a list of words; the seconds something took do not count."""
+    """The places where two nested values differ; the seconds that something took do not count."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [word for key in a if key not in ("seconds", "fit_seconds") for word in differences(a[key], b[key], f"{place}.{key}")]
-    if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
-        return [word for i, pair in enumerate(zip(a, b)) for word in differences(*pair, f"{place}.{i}")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
+        pairs = [(key, a[key], b[key]) for key in a if key not in ("seconds", "fit_seconds")]
+    elif isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
+        pairs = [(i, *pair) for i, pair in enumerate(zip(a, b))]
     else:
-        same = type(a) is type(b) and a == b
-    return [] if same else [place]
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            same = a.dtype == b.dtype and a.shape == b.shape
+            same = same and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
+        else:
+            same = type(a) is type(b) and a == b
+        return [] if same else [place]
+    return [found for key, *pair in pairs for found in differences(*pair, f"{place}.{key}")]
 
 
 def left_behind(out):
-    """All a run is: its last checkpoint (weights, averages, optimizers, random generators), the models it wrote, what it returned."""
-    out = Path(out)
-    return {path.name: training.load_checkpoint(path) for path in sorted(out.glob("*.pt"))}
+    """All that a run is: its last checkpoint, the models it wrote, what it returned.
+
+    The checkpoint has weights, averages, optimizers and random generators.
+    """
+    return {path.name: load_checkpoint(path) for path in sorted(Path(out).glob("*.pt"))}
 
 
 def same(whole, out):
-    words = differences({**whole, "checkpoint.pt": {**whole["checkpoint.pt"], "config": 0}},
-                        {name: {**state, "config": 0} if name == "checkpoint.pt" else state for name, state in left_behind(out).items()})
-    assert not words, f"not as in the uninterrupted run: {words[:10]}"
+    whole, found = dict(whole), left_behind(out)
+    for run in (whole, found):
+        run["checkpoint.pt"] = {**run["checkpoint.pt"], "config": 0}
+    places = differences(whole, found)
+    assert not places, f"not as in the uninterrupted run: {places[:10]}"
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(forks, tiny, tmp_path_factory):
     """A function: method -> what its uninterrupted training leaves behind, and its seconds."""
+
     @functools.cache
     def run(method):
-        for out in (tmp_path_factory.mktemp(method) / name for name in ("first", "whole")):  # the first fills the cache
+        folder = tmp_path_factory.mktemp(method)
+        for out in (folder / "first", folder / "whole"):  # the first fills the cache
             start = time.perf_counter()
             assert forks(method, options_of(method, out, tiny)) == 0, Path(f"{out}.txt").read_text()
         run.folders[method] = out
         return left_behind(out), time.perf_counter() - start
+
     run.folders = {}
     return run
 
 
-def kill_and_resume(forks, method, tiny, uninterrupted, folder, kills):
-    """Train again and again, killed at random moments, until `kills` of them have hit; check every corpse and every finished training.
+def missing(at, kills):
+    """Whether kills are missing, or have all hit the same places."""
+    return len(at) < kills or len(set(at)) < max(2, kills // 4)
 
-    Returns for every kill the number of steps that were saved then (None: no checkpoint yet).
+
+def kill_and_resume(forks, method, tiny, uninterrupted, folder, kills):
+    """Train again and again, killed at random moments, until `kills` of them have hit.
+
+    What every killed and every finished training leaves behind is checked. Returns the number of
+    steps that were saved at every kill (None: no checkpoint yet).
     """
     whole, seconds = uninterrupted(method)
     rng, at, run, before, attempts = random.Random(method), [], 0, None, 0
     out = folder / "0"
-    while (more := len(at) < kills or len(set(at)) < max(2, kills // 4)) or run == 0:  # they must not all hit the same place
+    while (more := missing(at, kills)) or run == 0:
         attempts += 1
         assert attempts < 5 * kills, f"the kills do not land everywhere: {at}"
         resume = (out / "checkpoint.pt").exists()
-        delay = 0.0 if not at else rng.uniform(0, 0.7 * seconds) if more else 100  # the very first before any checkpoint
+        delay = rng.uniform(0, 0.7 * seconds) if more else 100
+        delay = delay if at else 0.0  # the very first before any checkpoint
         code = forks(method, options_of(method, out, tiny, resume), kill_after=delay)
         if code == -signal.SIGKILL:
             assert not resume or (out / "checkpoint.pt").exists()
-            saved = training.load_checkpoint(out / "checkpoint.pt")["step"] if (out / "checkpoint.pt").exists() else None
-            assert not resume or saved >= before, f"{saved} steps are saved, but {before} were before"
+            saved = None
+            if (out / "checkpoint.pt").exists():
+                saved = load_checkpoint(out / "checkpoint.pt")["step"]
+            assert not resume or saved >= before, f"{saved} steps are saved, {before} were before"
             at.append(saved)
             before = saved
         else:
@@ -264,22 +342,30 @@ def kill_and_resume(forks, method, tiny, uninterrupted, folder, kills):
             same(whole, out)
             run += 1
             out = folder / str(run)
-    print(f"{method}: {len(at)} kills, saved steps {at}, {run} trainings finished; one alone takes {seconds:.2f} s")
+    print(f"{method}: {len(at)} kills, saved steps {at}, {run} trainings finished")
+    print(f"one alone takes {seconds:.2f} s")
     return at
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_killed_at_random_moments_and_resumed_it_ends_as_if_it_had_not_been(method, forks, tiny, uninterrupted, tmp_path):
+def test_killed_at_random_moments_and_resumed_it_ends_as_if_it_had_not_been(
+    method, forks, tiny, uninterrupted, tmp_path
+):
     kills = 20 if method == "progressive" else 5
     at = kill_and_resume(forks, method, tiny, uninterrupted, tmp_path, kills)
     assert len(at) >= kills and at[0] is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method,places", [("progressive", PLACES), *((method, ("half",)) for method in METHODS[1:])])
+@pytest.mark.parametrize(
+    "method,places", [("progressive", PLACES), *((method, ("half",)) for method in METHODS[1:])]
+)
 def test_killed_while_a_checkpoint_is_written(method, places, forks, tiny, uninterrupted, tmp_path):
-    """Between opening the temporary file and the rename: the checkpoint before is whole, and the rest of the file does no harm."""
+    """Between opening the temporary file and the rename.
+
+    The checkpoint before is whole, and what is left of the new one does no harm.
+    """
     whole, _ = uninterrupted(method)
     last, rng = whole["checkpoint.pt"]["step"], random.Random(method)
     half, at = os.stat(uninterrupted.folders[method] / "checkpoint.pt").st_size // 2, []
@@ -290,21 +376,23 @@ def test_killed_while_a_checkpoint_is_written(method, places, forks, tiny, unint
             code = forks(method, options_of(method, out, tiny), die=(place, count, half))
             assert code == -signal.SIGKILL, Path(f"{out}.txt").read_text()[-2000:]
             parts, saved = list(out.glob("checkpoint.pt.*.part")), out / "checkpoint.pt"
-            assert len(parts) == (place != "renamed")  # it died between the opening and the rename, or just after that
+            # It died between the opening and the rename, or just after that.
+            assert len(parts) == (place != "renamed")
             if place in ("open", "half"):
-                with pytest.raises(training.UsageError, match="not a checkpoint"):
-                    training.load_checkpoint(parts[0])
+                with pytest.raises(UsageError, match="not a checkpoint"):
+                    load_checkpoint(parts[0])
             if place == "half":
                 assert 0 < half <= parts[0].stat().st_size
             at.append((place, count, parts[0].stat().st_size if parts else None))
             renamed = count if place == "renamed" else count - 1
-            assert (training.load_checkpoint(saved)["step"] if saved.exists() else 0) == renamed
+            assert (load_checkpoint(saved)["step"] if saved.exists() else 0) == renamed
             code = forks(method, options_of(method, out, tiny, resume=saved.exists()))
             assert code == 0, Path(f"{out}.txt").read_text()[-2000:]
             same(whole, out)
             for file in out.iterdir():
                 file.unlink()
-    print(f"{method}: killed at (place, number of the checkpoint, bytes of the half-written file) {at}; a whole one has about {2 * half}")
+    print(f"{method}: killed at (place, number of the checkpoint, bytes of the new file) {at}")
+    print(f"a whole one has about {2 * half}")
 
 
 def config_of(out, **more):
@@ -313,12 +401,13 @@ def config_of(out, **more):
 
 def test_a_run_sweeps_its_folder(tmp_path):
     """Half-written files of killed runs go; a checkpoint, other files and other folders stay."""
-    for name in ("checkpoint.pt.123.part", "student-2.pt.7.part", "states-x.part/0", "checkpoint.pt", "my.parts", "below/student.1.part"):
+    left = ("checkpoint.pt.123.part", "student-2.pt.7.part")
+    for name in (*left, "checkpoint.pt", "my.parts", "below/student.1.part"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("half")
-    training.Run("progressive", config_of(tmp_path))
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-    assert left == {"checkpoint.pt", "my.parts", "below", "below/student.1.part", "log.jsonl"}
+    Run("progressive", config_of(tmp_path))
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert found == {"checkpoint.pt", "my.parts", "below", "below/student.1.part", "log.jsonl"}
 
 
 @pytest.mark.slow
@@ -326,49 +415,64 @@ def test_a_run_sweeps_its_folder(tmp_path):
 def test_what_killed_runs_left_half_written_is_swept_away(method, forks, tiny, tmp_path):
     out = tmp_path / "run"
     for _ in range(3):
-        assert forks(method, options_of(method, out, tiny), die=("written", 1, 0)) == -signal.SIGKILL
+        code = forks(method, options_of(method, out, tiny), die=("written", 1, 0))
+        assert code == -signal.SIGKILL
         assert len(list(out.glob("*.part"))) == 1
-    (out / "mine.txt").write_text("kept")
+    (out / "users.txt").write_text("kept")
     assert forks(method, options_of(method, out, tiny)) == 0
-    assert not list(out.glob("*.part")) and (out / "mine.txt").exists()
-    assert {path.name for path in forks.temporary.iterdir()} <= {f"torchinductor_{getpass.getuser()}"}  # nothing outside of its folder
+    assert not list(out.glob("*.part")) and (out / "users.txt").exists()
+    outside = {path.name for path in forks.temporary.iterdir()}  # of its folder: nothing of ours
+    assert outside <= {f"torchinductor_{getpass.getuser()}"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- signals
+# -------------------------------------------------------------------------------- signals
+
 
 @pytest.mark.slow
-def test_the_program_stops_when_it_is_told_to(tiny, tmp_path):
-    """`python progressive.py`, stopped by SIGTERM, resumed, stopped by Ctrl-C, resumed: the end is that of an uninterrupted run."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def test_the_program_stops_at_a_signal(tiny, tmp_path):
+    """`python progressive.py`, stopped by SIGTERM, resumed, stopped by Ctrl-C, resumed.
+
+    The end is that of an uninterrupted run.
+    """
 
     def program(out, *more):
-        options = ["--smoke", "--teacher", tiny, "--updates", "150", "--device", "cpu", "--out", str(out), *more]
-        return subprocess.Popen([sys.executable, "progressive.py", *options], cwd=ROOT, env=environment, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        options = ["--smoke", "--teacher", tiny, "--updates", "150", "--device", "cpu"]
+        command = [sys.executable, "progressive.py", *options, "--out", str(out), *more]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **QUIET}, **pipes)
 
     with program(tmp_path / "whole") as whole:
         assert whole.communicate(timeout=120) and whole.returncode == 0
-    out, step, lines = tmp_path / "parts", 0, 0
+    out, saved, lines = tmp_path / "parts", 0, 0
+    log = out / "log.jsonl"
+
+    def logged():
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        with program(out, *["--resume"] * (step > 0)) as part:
-            log = out / "log.jsonl"
-            while part.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > lines):  # its first step is done
+        with program(out, *["--resume"] * (saved > 0)) as part:
+            while part.poll() is None and logged() <= lines:  # its first step is not done
                 time.sleep(0.01)
             time.sleep(random.Random(int(number)).uniform(0.05, 0.3))
             part.send_signal(number)
-            said, errors = part.communicate(timeout=60)
+            printed, errors = part.communicate(timeout=60)
         assert part.returncode == 130 and not (out / "metrics.json").exists(), errors
-        before, lines = step, len(log.read_text().splitlines())
-        step, last = map(int, re.search(r"stopped after step (\d+) of (\d+); the same command with --resume", said).groups())
-        assert before < step < last == 600 and training.load_checkpoint(out / "checkpoint.pt")["step"] == step
+        before, lines = saved, logged()
+        pattern = r"stopped after step (\d+) of (\d+); the same command with --resume"
+        step, count = map(int, re.search(pattern, printed).groups())
+        saved = load_checkpoint(out / "checkpoint.pt")["step"]
+        assert before < saved < 600  # two stages of 300 updates
+        assert count == 300 and step == saved - 300 * ((saved - 1) // 300)
     with program(out, "--resume") as rest:
         assert rest.communicate(timeout=120) and rest.returncode == 0
     same(left_behind(tmp_path / "whole"), out)
-    results = [json.loads((tmp_path / name / "metrics.json").read_text())["results"] for name in ("whole", "parts")]
-    assert results[0] == results[1]
+    paths = (tmp_path / name / "metrics.json" for name in ("whole", "parts"))
+    one, other = (json.loads(path.read_text())["results"] for path in paths)
+    assert one == other
 
 
-# --------------------------------------------------------------------------------------------------------------------- full disks
+# ----------------------------------------------------------------------------- full disks
+
 
 def refused(code, output, *words):
     """Exit code 2, and one line that says what could not be written."""
@@ -381,8 +485,10 @@ def refused(code, output, *words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_full_disk_is_reported_and_the_checkpoint_before_survives(method, forks, tiny, uninterrupted, tmp_path):
-    """No file may grow beyond half a checkpoint: the next one fails in the middle of its writing."""
+def test_a_full_disk_is_reported_and_the_checkpoint_before_survives(
+    method, forks, tiny, uninterrupted, tmp_path
+):
+    """No file may grow beyond half a checkpoint: the next one fails while it is written."""
     whole, _ = uninterrupted(method)
     out = tmp_path / "run"
     assert forks(method, options_of(method, out, tiny), die=("renamed", 3, 0)) == -signal.SIGKILL
@@ -390,22 +496,25 @@ def test_a_full_disk_is_reported_and_the_checkpoint_before_survives(method, fork
     saved = saved_at.read_bytes()
     output.write_text("")
     code = forks(method, options_of(method, out, tiny, resume=True), largest=len(saved) // 2)
-    what = out / "states-" if method == "dode" else saved_at  # the states of D-ODE's walk are larger than its checkpoint
-    refused(code, output, f"cannot write {what}", "File too large")
-    assert saved_at.read_bytes() == saved and training.load_checkpoint(saved_at)["step"] == 3
+    refused(code, output, f"cannot write {saved_at}", "File too large")
+    assert saved_at.read_bytes() == saved and load_checkpoint(saved_at)["step"] == 3
     assert not list(out.glob("*.part"))
-    assert forks(method, options_of(method, out, tiny, resume=True)) == 0, output.read_text()[-2000:]
+    code = forks(method, options_of(method, out, tiny, resume=True))
+    assert code == 0, output.read_text()[-2000:]
     same(whole, out)
 
 
 def test_a_picture_on_a_full_disk_is_one_line(tmp_path):
     """What there was before is kept, as with a checkpoint."""
     (tmp_path / "samples.png").write_text("old")
+    pattern = f"^cannot write {tmp_path}/samples.png .File too large.[^\n]*$"
+    images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(training.UsageError, match=f"^cannot write {tmp_path}/samples.png .File too large.[^\n]*$"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # Python ignores the signal that comes with it
+    with pytest.raises(UsageError, match=pattern):
+        # Python ignores the signal that comes with it.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         try:
-            save_rows(tmp_path / "samples.png", {"noise": torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)})
+            save_rows(tmp_path / "samples.png", {"noise": images})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "samples.png").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
@@ -415,8 +524,9 @@ def test_a_log_on_a_full_disk_is_one_line(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("this system has no /dev/full")
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    run = training.Run("progressive", config_of(tmp_path))
-    with pytest.raises(training.UsageError, match=f"^cannot write {tmp_path}/log.jsonl .No space left on device.[^\n]*$"):
+    run = Run("progressive", config_of(tmp_path))
+    pattern = f"^cannot write {tmp_path}/log.jsonl .No space left on device.[^\n]*$"
+    with pytest.raises(UsageError, match=pattern):
         run.log(step=1, loss=0.5)
 
 
@@ -427,7 +537,8 @@ def test_a_log_that_cannot_be_written_is_reported(forks, tiny, uninterrupted, tm
         pytest.skip("this system has no /dev/full")
     whole, _ = uninterrupted("progressive")
     out = tmp_path / "run"
-    assert forks("progressive", options_of("progressive", out, tiny), die=("renamed", 3, 0)) == -signal.SIGKILL
+    code = forks("progressive", options_of("progressive", out, tiny), die=("renamed", 3, 0))
+    assert code == -signal.SIGKILL
     saved, log, output = (out / "checkpoint.pt").read_bytes(), out / "log.jsonl", Path(f"{out}.txt")
     log.rename(out / "log")
     log.symlink_to("/dev/full")
@@ -447,14 +558,16 @@ def test_a_log_that_cannot_be_written_is_reported(forks, tiny, uninterrupted, tm
 def test_a_folder_that_may_not_be_written_is_reported(forks, tiny, uninterrupted, tmp_path):
     whole, _ = uninterrupted("progressive")
     out = tmp_path / "run"
-    assert forks("progressive", options_of("progressive", out, tiny), die=("renamed", 3, 0)) == -signal.SIGKILL
+    code = forks("progressive", options_of("progressive", out, tiny), die=("renamed", 3, 0))
+    assert code == -signal.SIGKILL
     saved, output = (out / "checkpoint.pt").read_bytes(), Path(f"{out}.txt")
     output.write_text("")
     out.chmod(0o555)
     if os.access(out, os.W_OK):
         pytest.skip("root may write anywhere")
     try:  # the log may still be appended to, but no temporary file can be made
-        refused(forks("progressive", options_of("progressive", out, tiny, resume=True)), output, "cannot", str(out))
+        code = forks("progressive", options_of("progressive", out, tiny, resume=True))
+        refused(code, output, "cannot", str(out))
         assert (out / "checkpoint.pt").read_bytes() == saved
     finally:
         out.chmod(0o755)

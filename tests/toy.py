@@ -1,11 +1,12 @@
 """A teacher whose denoiser is exact, small enough for any test."""
+
 import torch
 
 from common.diffusion import GaussianMixture
 
 
 class Toy(GaussianMixture):
-    """A mixture that passes for a teacher: the methods ask one for its network's image shape and its number of classes."""
+    """A mixture that passes for a teacher: it has a network's image shape and number of classes."""
 
     class net:
         img_shape, label_dim = (1, 2, 2), 0
@@ -14,4 +15,5 @@ class Toy(GaussianMixture):
 def five_blobs(std):
     """Five Gaussians of that width at random places."""
     generator = torch.Generator().manual_seed(0)
-    return Toy(torch.randn(5, 1, 2, 2, generator=generator, dtype=torch.float64), torch.full((5,), std))
+    means = torch.randn(5, 1, 2, 2, generator=generator, dtype=torch.float64)
+    return Toy(means, torch.full((5,), std))

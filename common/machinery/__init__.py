@@ -1,0 +1,1 @@
+"""Options, runs, ranks, files, plots: nothing here says anything about diffusion."""

@@ -1,0 +1,175 @@
+"""Files that are written whole or not at all, locks, the cache, checkpoints, downloads."""
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import urllib.request
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from common import UsageError
+
+BAR = {"dynamic_ncols": True, "mininterval": 0.5}  # of every progress bar
+
+
+def cache_dir():
+    """$FEWSTEP_CACHE or ~/.cache/fewstep: teachers, classifiers, downloads, reference moments."""
+    return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
+
+
+@contextlib.contextmanager
+def locked(path):
+    """One process at a time makes the file `path` of the cache; the others wait, then find it."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UsageError(
+            f"the cache {path.parent} cannot be written ({error.strerror}); "
+            "set FEWSTEP_CACHE to another folder"
+        ) from None
+    try:
+        for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def atomic_write(path, write):
+    """Call `write(file)` on a file beside `path`, then rename: the old file or the new, never half.
+
+    Raises UsageError where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save raises RuntimeError
+            raise
+        cause = error  # behind an error of torch.save stands what the operating system said
+        while cause.__context__ and not isinstance(cause, OSError):
+            cause = cause.__context__
+        why = str(error).splitlines()[0]
+        if isinstance(cause, OSError) and cause.strerror:
+            why = cause.strerror
+        raise UsageError(
+            f"cannot write {path} ({why}); what was saved there before is kept"
+        ) from error
+
+
+def save_json(path, value):
+    """Write `value` as indented JSON, atomically."""
+    atomic_write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def save_checkpoint(path, kind, state):
+    """Write `state` atomically, marked with its `kind` ('teacher', 'classifier', 'ld3', ...)."""
+    atomic_write(path, lambda file: torch.save({"fewstep": kind, **state}, file))
+
+
+def load_checkpoint(path, kind=None, what="checkpoint"):
+    """Read a checkpoint written by `save_checkpoint`; nothing in it is executed.
+
+    Raises UsageError when the file is missing, unreadable, not ours, or of another kind.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such {what}") from None
+    except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
+        name = type(error).__name__
+        raise UsageError(f"{path}: not a checkpoint of this project ({name})") from None
+    if not isinstance(state, dict) or "fewstep" not in state:
+        raise UsageError(f"{path}: not a checkpoint of this project (no 'fewstep' entry)")
+    if kind not in (None, state["fewstep"]):
+        raise UsageError(f"{path}: this is a {state['fewstep']} checkpoint, not a {kind}")
+    return state
+
+
+def download(url, path, what):
+    """Fetch `url` to `path` unless it is there; return the path. A broken download leaves nothing.
+
+    Raises UsageError saying what was wanted, from where, and where to put it by hand.
+    """
+    path = Path(path)
+
+    def chunks():
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                size = int(response.headers.get("Content-Length") or 0)
+                bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, **BAR)
+                with bar:
+                    while chunk := response.read(2**20):
+                        yield chunk
+                        bar.update(len(chunk))
+                    if bar.n < size:
+                        raise ValueError(f"only {bar.n} of {size} bytes came")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise UsageError(
+                f"{what}: could not download {url} ({error}); "
+                f"fetch it by hand and put it at {path}"
+            ) from None
+
+    if not path.exists():
+        atomic_write(path, lambda file: file.writelines(chunks()))
+    return path
+
+
+def weights_digest(net):
+    """8 hex digits of a network's weights."""
+    weights = b"".join(w.cpu().numpy().tobytes() for w in net.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:8]
+
+
+def read_json(path, option, what):
+    """The dict in a JSON file of the user's. Raises UsageError that names the option."""
+    try:
+        value = json.loads(Path(path).read_text())
+        if isinstance(value, dict):
+            return value
+        reason = f"holds a {type(value).__name__}"
+    except OSError as error:
+        reason = error.strerror
+    except ValueError as error:  # not JSON, not text
+        reason = f"{type(error).__name__}: {error}"
+    raise UsageError(f"--{option} {path}: not {what} ({reason})")
+
+
+def read_numbers(path, option, what, names):
+    """The lists of numbers under `names` in a JSON file of the user's, as float64 tensors."""
+    saved = read_json(path, option, what)
+    try:
+        tensors = [torch.tensor(saved[name], dtype=torch.float64) for name in names]
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"--{option} {path}: not {what} ({reason})") from None
+    for name, tensor in zip(names, tensors):
+        if not tensor.isfinite().all():
+            raise UsageError(f"--{option} {path}: `{name}` has values that are not finite")
+    return tensors
+
+
+def pretrained(load, option, instead):
+    """load(), which imports a package or downloads weights; one line where that fails."""
+    try:
+        return load()
+    except (ImportError, OSError, RuntimeError) as error:
+        place = f"{torch.hub.get_dir()}/checkpoints"
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"--{option}: {reason}; install it, put its weights into {place} by hand, or {instead}"
+        ) from None

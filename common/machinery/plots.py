@@ -1,0 +1,88 @@
+"""The pictures a run leaves behind, as PNG: rows of images, curves, time grids. Rank 0 writes."""
+import numpy as np
+from matplotlib.figure import Figure
+
+from common.machinery.files import atomic_write
+from common.machinery.ranks import rank_and_world
+
+
+def _write(figure, path, **how):
+    if rank_and_world()[0] == 0:
+        atomic_write(path, lambda file: figure.savefig(file, format="png", **how))
+
+
+def save_rows(path, rows, columns=16):
+    """One labelled row of images for each of {label: uint8 (n, C, H, W)}: the first `columns`."""
+    size = (1.9 + 0.62 * columns, 0.68 * len(rows) + 0.1)
+    figure = Figure(figsize=size, dpi=120)
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, (label, images) in zip(axes, rows.items()):
+        images = np.asarray(images[:columns])
+        frame = ((0, 0), (0, 0), (1, 1), (1, 1))
+        framed = np.pad(images, frame, constant_values=128)  # (n, C, H+2, W+2)
+        strip = np.concatenate(list(framed.transpose(0, 2, 3, 1)), axis=1)  # (H+2, n (W+2), C)
+        strip = strip.squeeze(-1) if strip.shape[-1] == 1 else strip
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.subplots_adjust(left=0.1, right=1, bottom=0, top=1, hspace=0.1)
+    _write(figure, path, bbox_inches="tight", pad_inches=0.05)  # as wide as the longest label
+
+
+def save_curves(path, curves, xlabel, ylabel, title="", log=""):
+    """Lines {label: (xs, ys)} in one plot; `log`, "", "x", "y" or "xy": the logarithmic axes."""
+    figure = Figure(figsize=(6.4, 4), dpi=120)
+    axis = figure.subplots()
+    for label, (xs, ys) in curves.items():
+        axis.plot(xs, ys, marker="." if len(xs) < 40 else None, label=label)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.set_xscale("log" if "x" in log else "linear")
+    axis.set_yscale("log" if "y" in log else "linear")
+    points = sorted({x for xs, _ in curves.values() for x in xs})
+    if "x" in log and len(points) < 13 and all(isinstance(x, int) for x in points):
+        axis.set_xticks(points, map(str, points))  # counts: 1, 2, 4 instead of 10^0, ...
+        axis.set_xticks([], minor=True)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    _write(figure, path)
+
+
+def save_fid_curves(path, rows, title=""):
+    """FID against network evaluations, one line for each name among `rows` of metrics.json.
+
+    The teacher's best, with many more evaluations, is a horizontal line.
+    """
+    curves = {}
+    for row in rows:
+        xs, ys = curves.setdefault(row["name"], ([], []))
+        xs.append(row["nfe"])
+        ys.append(row["fid"])
+    if "teacher" in curves:
+        counts = sorted({row["nfe"] for row in rows if row["name"] != "teacher"})
+        curves["teacher"] = (counts, curves["teacher"][1] * len(counts))
+    ylabel = f"FID [{rows[0]['fid_features']}, n={rows[0]['fid_n']}]"
+    save_curves(path, curves, "network evaluations", ylabel, title, log="xy")
+
+
+def save_sigma_grids(path, grids, title="", floor=1e-3):
+    """Time grids {label: (sigmas, sigmas_net or None)} on a log axis; sigmas_net are crosses."""
+    figure = Figure(figsize=(8, 0.5 * len(grids) + 1.3), dpi=120)
+    axis = figure.subplots()
+    for y, (sigmas, sigmas_net) in enumerate(grids.values()):
+        xs = np.maximum(np.asarray(sigmas, dtype=float), floor)
+        axis.plot(xs, [y] * len(xs), "o-", color=f"C{y}", markersize=6, linewidth=1)
+        if sigmas_net is not None:  # the network is not evaluated at the last level
+            xs = np.maximum(np.asarray(sigmas_net, dtype=float), floor)[:-1]
+            label = "conditioning noise level"
+            axis.plot(xs, [y] * len(xs), "x", color="black", markersize=7, label=label)
+            axis.legend(fontsize=8, loc="upper left")
+    axis.set(xscale="log", xlabel="sigma (noise level)", title=title)
+    axis.set_yticks(range(len(grids)), list(grids))
+    axis.set_ylim(-0.6, len(grids) - 0.2)
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3, axis="x")
+    figure.tight_layout()
+    _write(figure, path)

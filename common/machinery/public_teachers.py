@@ -1,0 +1,49 @@
+"""NVIDIA's public EDM checkpoints: found, downloaded, checked, converted once into the cache."""
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from common import UsageError
+from common.machinery.edm_pickle import NAMES, PUBLIC, read_edm_pickle
+from common.machinery.files import cache_dir, download, locked, save_checkpoint, save_json
+
+
+def is_public(spec):
+    """Whether `spec` is a short name, a URL or the path of a .pkl."""
+    return spec in NAMES or "://" in str(spec) or str(spec).endswith(".pkl")
+
+
+def convert_public(spec, check):
+    """Short name, URL or path of a public .pkl -> the path of a checkpoint in our own format.
+
+    A download's size and SHA-256 are recorded beside it, and checked when it is read again.
+    check(state, path) raises for weights that fit no network. Raises UsageError.
+    """
+    url = f"{PUBLIC}{spec}.pkl" if spec in NAMES else spec if "://" in spec else None
+    path = cache_dir() / Path(url).name if url else Path(spec)
+    record = path.with_name(path.name + ".json")
+    with locked(cache_dir() / path.name):
+        fresh = url and not path.exists()
+        if url:
+            download(url, path, f"--teacher {spec}")
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"--teacher {path}: {error.strerror}") from None
+        found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        if fresh:
+            save_json(record, found)
+        elif url and record.exists() and json.loads(record.read_text()) != found:
+            raise UsageError(
+                f"--teacher {spec}: {path} is no longer the file that was downloaded "
+                f"({record.name}); delete it"
+            )
+        converted = cache_dir() / f"{path.stem}-{found['sha256'][:8]}.pt"
+        if not converted.exists():
+            state = read_edm_pickle(path)
+            with torch.random.fork_rng([]):  # only this rank, and only this time, draws weights
+                check(state, path)
+            save_checkpoint(converted, "teacher", {**state, "dataset": None})
+    return converted

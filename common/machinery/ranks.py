@@ -1,0 +1,83 @@
+"""torchrun: every rank draws the same random numbers and takes its slice of them."""
+import atexit
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def rank_and_world(device=None):
+    """(rank, number of ranks). Under torchrun the first call, with a device, joins the group."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if device.type != "cuda":  # nccl would wait for ranks that wait for this one
+            atexit.register(leave_group)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave_group():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share_of(n):
+    """This rank's slice of 0 ... n - 1; sizes differ by at most 1, rank 0 has the most."""
+    rank, world = rank_and_world()
+    return slice(-(-n * rank // world), -(-n * (rank + 1) // world))
+
+
+def sum_over_ranks(tensor):
+    """The sum of every rank's `tensor`, in place."""
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_first_rank(tensor):
+    """`tensor` of rank 0, in place."""
+    if rank_and_world()[1] > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def gather_rows(rows):
+    """All ranks' rows (n_r, ...), in the order of the ranks. The n_r may differ."""
+    if rank_and_world()[1] == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    padded = rows.new_zeros(int(max(counts)), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts)])
+
+
+def average_gradients(parameters):
+    """Every gradient <- its mean over the ranks, in one all-reduce."""
+    if rank_and_world()[1] > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+
+
+@contextlib.contextmanager
+def masks_of_this_rank(device, *key):
+    """Dropout masks that differ from rank to rank, and with the integers `key`: seed, step, ...
+
+    The generators that all ranks share do not move: noise does not depend on how many there are.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(hash((rank, *key)) % 2**62)  # of integers: the same in every process
+        yield

@@ -1,0 +1,413 @@
+"""One run in one folder: device, random numbers, progress, exact resume, metrics.json.
+
+    run = Run("ld3", config)                      # device, folder, log
+    run.resume(net=net, optimizer=optimizer)      # what a checkpoint holds; with --resume: read it
+    for step in run.steps(1000):                  # progress bar, checkpoints, Ctrl-C
+        noise = run.randn(config.batch_size, 3, 32, 32)       # this rank's share of the batch
+        run.loss = run.backward(optimizer, loss_fn, x0, noise)  # gradients of the global batch
+        optimizer.step()
+    run.finish(rows)                              # metrics.json and the table
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common import UsageError
+from common.machinery.files import BAR, load_checkpoint, save_checkpoint, save_json
+from common.machinery.ranks import (
+    average_gradients,
+    masks_of_this_rank,
+    rank_and_world,
+    share_of,
+    sum_over_ranks,
+)
+
+METRICS = ("fid", "fid_unseen", "inception_score", "precision", "recall")  # common.fid's
+
+
+def pick_device(name="auto"):
+    """'auto' | 'cpu' | 'cuda[:i]' -> (torch.device, one line that says what was taken and why).
+
+    float32 convolutions and matmuls stay float32 (no TF32), as in EDM. Raises UsageError for a
+    device that is not there, or that has no float64 (mps): solvers need it.
+    """
+    why = "as asked, "
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        why = "" if name == "cuda" else "no CUDA device found, "
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device, dtype=torch.float64)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--device {name}: not available here ({reason}); try --device cpu"
+        ) from None
+    if device.type != "cuda":
+        return device, f"device {device} ({why}{torch.get_num_threads()} threads), float32"
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    precision = "float32: this GPU has no bfloat16"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        precision = "float32; networks train under bfloat16 autocast"
+    return device, f"device {device} ({why}{torch.cuda.get_device_name(device)}), {precision}"
+
+
+def autocast(device):
+    """bfloat16 where a GPU has it. Not on the CPU: measured slower than float32 there."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+class Run:
+    """One run of a script. `config` needs `dataset seed device out resume`.
+
+    Raises UsageError when the folder cannot be written, when --resume finds no checkpoint, or one
+    that was made with other options.
+    """
+
+    # Options that a continued run may change: where it is, its memory, how results are measured.
+    MAY_CHANGE = (
+        "out", "resume", "device", "data_dir", "batch_per_gpu", "checkpoint", "compile",
+        "eval_n", "eval_batch", "inception", "reference", "recall",
+    )
+
+    def __init__(self, method, config, checkpoint_seconds=60):
+        self.method, self.config = method, config
+        self.checkpoint_seconds = checkpoint_seconds
+        self.out = Path(config.out or f"runs/{method}-{config.dataset}")
+        self.device, why = pick_device(config.device)
+        self.rank, self.world = rank_and_world(self.device)
+        self.loss = None  # set in the training loop: a tensor, or {name: tensor}
+        self.parts, self.done, self.planned = {}, 0, 0  # steps done, and planned by `steps` so far
+        self.calls = 0  # of `backward` in this step
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with open(self.out / "log.jsonl", "a"):
+                pass
+        except OSError as error:
+            raise UsageError(
+                f"--out {self.out}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
+        self.restored = self._checkpoint() if config.resume else None
+        self.log_mode = "a" if config.resume else "w"  # the first line replaces an old log
+        self.earlier_seconds = self.restored["seconds"] if self.restored else 0.0
+        self._sweep()
+        self.wait()  # no rank may write a new checkpoint while another reads the old one
+        torch.manual_seed(config.seed)
+        self.start = time.perf_counter()
+        self.say(f"{method} on {config.dataset}: {why}, seed {config.seed}, out {self.out}")
+
+    def _sweep(self):
+        """Delete what a killed run has left half written, under the names that we give."""
+        for part in self.out.glob("*.part"):
+            if re.fullmatch(r".+\.(pt|json|png)\.\d+\.part", part.name):
+                part.unlink(missing_ok=True)
+
+    def say(self, line):
+        """Print on rank 0, above any progress bar."""
+        if self.rank == 0:
+            tqdm.write(line, file=sys.stdout)
+
+    def seconds(self):
+        return self.earlier_seconds + time.perf_counter() - self.start
+
+    # ------------------------------------------------------------------------- random numbers
+    # The global generators are the same on every rank, which draws the whole batch of n and takes
+    # its share: the numbers do not depend on how many ranks there are.
+
+    def randn(self, n, *shape):
+        """This rank's rows of unit Gaussian numbers (n, *shape)."""
+        return torch.randn(n, *shape, device=self.device)[share_of(n)]
+
+    def rand(self, n):
+        """This rank's rows of numbers (n,), uniform in [0, 1)."""
+        return torch.rand(n, device=self.device)[share_of(n)]
+
+    def randint(self, high, n):
+        """This rank's rows of integers (n,), uniform in 0 ... high - 1."""
+        return torch.randint(high, (n,), device=self.device)[share_of(n)]
+
+    # ------------------------------------------------------------------------------- training
+
+    def prepare(self, *networks):
+        """--checkpoint and --compile for U-Nets, or for modules that hold one as `net`."""
+        for module in networks:
+            getattr(module, "net", module).checkpoint = self.config.checkpoint
+            if self.config.compile:
+                module.compile()
+
+    def backward(self, optimizer, loss_fn, *batch, mixed_precision=True):
+        """New gradients for the optimizer's parameters; returns the mean loss of this rank's rows.
+
+        loss_fn(*batch) is a mean over the rows of `batch`: tensors (B, ...), or None. It runs in
+        parts of --batch-per-gpu rows, under bfloat16 autocast where the GPU has it, and gradients
+        are averaged over the ranks. Where a gradient is not finite, so is the result.
+        """
+        optimizer.zero_grad(set_to_none=False)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        rows = len(batch[0])
+        at_most = self.config.batch_per_gpu or rows
+        cast = autocast(self.device) if mixed_precision else contextlib.nullcontext()
+        total = 0
+        self.calls += 1
+        with masks_of_this_rank(self.device, self.config.seed, self.done, self.calls):
+            for start in range(0, rows, at_most):
+                part = [None if b is None else b[start : start + at_most] for b in batch]
+                with cast:
+                    loss = loss_fn(*part) * (len(part[0]) / rows)
+                loss.backward(inputs=parameters)
+                total = total + loss.detach()
+        average_gradients(parameters)
+        norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None], math.inf)
+        return torch.where(torch.stack(norms).isfinite().all(), total, math.nan)
+
+    def resume(self, **parts):
+        """Name what a checkpoint holds: anything with a state_dict. With --resume: read it."""
+        self.parts = parts
+        if self.restored:
+            saved = self.restored.pop("parts")  # not kept in memory
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            rng = self.restored["rng"]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"])
+            self.done = self.restored["step"]
+
+    def steps(self, count, what="training"):
+        """Yield 0 ... count - 1, less the steps that a resumed run has done; a run may have phases.
+
+        Behind a progress bar that shows `run.loss` about once a second (read only then: the device
+        never waits). Checkpoints every `checkpoint_seconds`, less often if that would take more
+        than a twentieth of the time, and at the end. SIGINT or SIGTERM on any rank: all finish the
+        step, save and exit with code 130. A loss that is not finite stops the run.
+        """
+        begin, self.planned = self.planned, self.planned + count
+        last, stop = self.planned, []
+        first = min(max(begin, self.done), last)
+        handlers = {
+            number: signal.signal(number, lambda number, frame: stop.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        bar = tqdm(
+            total=count, initial=first - begin, desc=what, disable=self.rank > 0, file=sys.stderr,
+            **BAR,
+        )
+        self.loss, shown, saved, cost = None, time.perf_counter(), time.perf_counter(), 0
+        try:
+            for step in range(first, last):
+                self.calls = 0
+                yield step - begin
+                bar.update()
+                self.done = step + 1
+                now = time.perf_counter()
+                pause = self.checkpoint_seconds and max(self.checkpoint_seconds, 20 * cost)
+                due = self.rank == 0 and now - saved > pause or step == last - 1
+                show = now - shown > 1 or step == first
+                stopping, due, show = self._agree(bool(stop), due, show)
+                due |= stopping
+                if self.loss is not None and (due or show):  # before every save
+                    shown = now
+                    self._show(bar, what, step)
+                if due:
+                    self._save()
+                    saved = time.perf_counter()
+                    cost = saved - now
+                if stopping:
+                    self.say(
+                        f"\nstopped after step {step + 1 - begin} of {count}; "
+                        "the same command with --resume goes on from here"
+                    )
+                    sys.exit(130)
+            self.wait()  # for the last checkpoint, and for what rank 0 wrote in the loop
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _show(self, bar, what, step):
+        """Put the loss, the mean over the ranks, on the bar and into log.jsonl."""
+        named = self.loss if isinstance(self.loss, dict) else {"loss": self.loss}
+        values = torch.stack([v.detach().double() for v in named.values()])
+        values = dict(zip(named, (sum_over_ranks(values) / self.world).tolist()))
+        bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+        self.log(step=step, what=what, **values)
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UsageError(
+                    f"{what}: the {name}, or its gradient, is {value} at step {step}; "
+                    "the last checkpoint is kept, try a smaller --lr"
+                )
+
+    def wait(self):
+        """Until all ranks are here; then they see each other's files in --out."""
+        self._agree()
+
+    def _agree(self, *flags):
+        """Each flag as soon as any rank has it. The ranks wait here, but not for their GPUs."""
+        if self.world == 1:
+            return flags
+        together = torch.tensor([0, *flags], dtype=torch.int32)  # on the CPU: by gloo
+        dist.all_reduce(together, dist.ReduceOp.MAX)
+        return together[1:].bool().tolist()
+
+    # ---------------------------------------------------------------- checkpoint, log, metrics
+
+    def _options(self):
+        config = dataclasses.asdict(self.config)
+        return {k: v for k, v in config.items() if k not in self.MAY_CHANGE}
+
+    def _checkpoint(self):
+        path = self.out / "checkpoint.pt"
+        state = load_checkpoint(path)
+        if state["fewstep"] != self.method:
+            raise UsageError(f"--resume: {path} belongs to {state['fewstep']}, not {self.method}")
+        for name, value in self._options().items():
+            saved = state["config"].get(name)
+            if saved != value:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} {value}: the checkpoint to resume has {saved}")
+        return state
+
+    def _save(self):
+        """Write checkpoint.pt (rank 0): parts, random generators, options, steps done."""
+        if self.rank == 0:
+            rng = {"cpu": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                rng["cuda"] = torch.cuda.get_rng_state()
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            save_checkpoint(
+                self.out / "checkpoint.pt",
+                self.method,
+                {
+                    "config": self._options(), "seconds": self.seconds(), "step": self.done,
+                    "rng": rng, "parts": state,
+                },
+            )
+
+    def log(self, **values):
+        """Append one line to log.jsonl (rank 0)."""
+        if self.rank == 0:
+            path = self.out / "log.jsonl"
+            try:
+                with open(path, self.log_mode) as file:
+                    self.log_mode = "a"
+                    file.write(json.dumps({"seconds": round(self.seconds(), 3), **values}) + "\n")
+            except OSError as error:
+                raise UsageError(
+                    f"cannot write {path} ({error.strerror}); the last checkpoint is kept"
+                ) from None
+
+    def logged(self, name):
+        """(steps, values) of everything in log.jsonl that has `name` (rank 0)."""
+        if self.rank > 0:
+            return [], []
+        lines = map(json.loads, (self.out / "log.jsonl").read_text().splitlines())
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def finish(self, results, columns=(), **more):
+        """Write metrics.json: rows `results`, what was run and for how long, `more`. Print a table.
+
+        columns: of the table, beyond name, nfe, rmse_to_teacher and the METRICS.
+        """
+        if self.rank > 0:
+            return
+        teacher = getattr(self.config, "teacher", "none")
+        processor = platform.processor() or platform.machine()
+        name = f"{processor}, {torch.get_num_threads()} threads"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name()
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        save_json(
+            self.out / "metrics.json",
+            {
+                "method": self.method,
+                "dataset": self.config.dataset,
+                "teacher": teacher or f"{self.config.dataset} (shipped or cached)",
+                "seed": self.config.seed,
+                "device": f"{self.device} ({name})",
+                "versions": {**versions, "numpy": np.__version__},
+                "config": dataclasses.asdict(self.config),
+                "seconds": round(self.seconds(), 2),
+                "peak_memory_mb": peak_memory_mb(self.device),
+                "results": results,
+                **more,
+            },
+        )
+        self.say(table(results, ["name", "nfe", "rmse_to_teacher", *METRICS, *columns]))
+        kinds = (".json", ".png", ".pt")
+        files = sorted(file.name for file in self.out.iterdir() if file.suffix in kinds)
+        self.say(f"{self.seconds():.0f} s; results in {self.out}: {', '.join(files)}")
+
+
+def peak_memory_mb(device):
+    """Most memory that this process has had: of the GPU, else of the machine; None on Windows."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def table(results, columns):
+    """Rows as aligned text. A FID's head has its n and feature space; what was not run says so.
+
+    A column that no row has is left out.
+    """
+    columns = [c for c in columns if any(row.get(c) is not None for row in results)]
+    heads = []
+    for column in columns:
+        first = next(row for row in results if row.get(column) is not None)
+        known_as = "precision_recall" if column in ("precision", "recall") else column
+        space = first.get(f"{known_as}_features")
+        heads.append(f"{column} [{space}, n={first['fid_n']}]" if space else column)
+    lines = [heads] + [[_cell(row.get(c)) for c in columns] for row in results]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    padded = []
+    for name, *cells in lines:
+        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
+        padded.append("  ".join([name.ljust(widths[0]), *numbers]))
+    return "\n".join(padded)
+
+
+def _cell(value):
+    if value is None:
+        return "not run"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class State(types.SimpleNamespace):
+    """Numbers, tensors and dicts of them that a checkpoint should hold: `run.resume(state=...)`."""
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                value = value.to(getattr(self, name).device)
+            setattr(self, name, value)

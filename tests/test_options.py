@@ -1,0 +1,222 @@
+"""common/machinery/options.py: flags, presets, ranges, and errors of one line."""
+
+import re
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from common import UsageError
+from common.machinery.options import (
+    Options,
+    TrainingOptions,
+    cli,
+    complete,
+    option,
+    parse_config,
+    require,
+)
+
+
+@dataclass
+class Config:
+    dataset: str = option("digits", "data set", choices=("digits", "mnist"))
+    data_dir: str | None = option(None, "folder")
+    seed: int = option(0, "seed")
+    device: str = option("cpu", "device")
+    out: str | None = option(None, "folder of the run")
+    resume: bool = option(False, "go on")
+    smoke: bool = option(False, "seconds")
+    augment: bool = option(True, "flip images")
+    labels: bool | None = option(None, "conditional")
+    lr: float | None = option(None, "rate, 50% of it by default")
+    widths: tuple[int, ...] = option((16, 32), "channels")
+    levels: tuple[float, ...] | None = option(None, "noise levels")
+
+
+PRESETS = {
+    "digits": {"lr": 0.1, "levels": (2.0, 1.0), "labels": False},
+    "mnist": {"lr": 0.2, "levels": (3.0,), "labels": True},
+}
+SMOKE = {"lr": 0.5}
+
+
+def parse(*argv):
+    return parse_config(Config, PRESETS, "A method.", list(argv))
+
+
+def one_line(error):
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------ the command line
+
+
+def test_flags_that_are_not_given_keep_their_defaults():
+    assert parse() == Config()
+    assert parse("--seed", "7") == Config(seed=7)
+
+
+def test_flags_have_the_types_of_their_fields():
+    line = "--data-dir /data --lr 3e-4 --no-augment --smoke --widths 8 16 24 --levels 5 0.5"
+    config = parse(*line.split())
+    assert config == Config(
+        data_dir="/data", lr=3e-4, augment=False, smoke=True, widths=(8, 16, 24), levels=(5.0, 0.5)
+    )
+    # As the default is: or --resume would take it for another option.
+    assert type(config.widths) is type(config.levels) is tuple
+    assert type(config.levels[0]) is float and parse("--levels", "2").levels == (2.0,)
+    assert parse("--labels").labels is True
+    assert parse("--no-labels").labels is False
+    assert parse("--augment").augment is True
+
+
+@pytest.mark.parametrize(
+    "argv, pattern",
+    [
+        (["--sede", "1"], "unrecognized arguments: --sede"),
+        (["--see", "1"], "unrecognized arguments: --see"),  # no abbreviations
+        (["--seed", "one"], "--seed: invalid int value: 'one'"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--lr", "1,5"], "--lr: invalid float value"),
+        (["--dataset", "cifar"], "--dataset: invalid choice: 'cifar' .*digits.*mnist"),
+        (["--widths"], "--widths: expected at least one argument"),
+        (["--widths", "8", "x"], "--widths: invalid int value: 'x'"),
+        (["stray"], "unrecognized arguments: stray"),
+    ],
+)
+def test_wrong_flags_are_one_line(argv, pattern, capsys):
+    with pytest.raises(UsageError, match=pattern) as error:
+        parse(*argv)
+    one_line(error)
+    assert capsys.readouterr() == ("", "")  # no usage text of argparse in front of it
+
+
+def test_help_shows_defaults_and_presets(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "A method." in text
+    assert "rate, 50% of it by default (default: by data set, see below)" in text
+    assert "channels (default: (16, 32))" in text and "folder (default: None)" in text
+    assert "mnist lr=0.2 levels=(3.0,) labels=True" in text
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UsageError("--nfe 0: at least 1"), 2, "prog.py: error: --nfe 0: at least 1\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+    ],
+)
+def test_cli_turns_errors_into_one_line_and_an_exit_code(error, code, line, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/prog.py"])
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli(main)
+    assert stop.value.code == code and capsys.readouterr() == ("", line)
+
+
+def test_cli_hides_no_fault_of_ours(capsys):
+    with pytest.raises(ZeroDivisionError):
+        cli(lambda: 1 / 0)
+    assert cli(lambda: None) is None
+
+
+# ---------------------------------------------------------------------- presets and ranges
+
+
+def test_presets_fill_what_is_none_and_nothing_else():
+    config = parse("--dataset", "mnist", "--no-labels")
+    complete(config, PRESETS, SMOKE)
+    assert (config.lr, config.levels, config.labels, config.data_dir) == (0.2, (3.0,), False, None)
+    config = parse("--smoke")
+    complete(config, PRESETS, SMOKE)
+    assert (config.lr, config.levels) == (0.5, (2.0, 1.0))
+    config = parse("--smoke", "--lr", "0.3")
+    complete(config, PRESETS, SMOKE)
+    assert config.lr == 0.3
+    with pytest.raises(UsageError, match="^--dataset imagenet: choose one of digits, mnist$"):
+        complete(Config(dataset="imagenet"), PRESETS, SMOKE)
+
+
+def test_require():
+    require(True, "eval_n", 3, "never shown")
+    with pytest.raises(UsageError, match="^--eval-n 3: at least 5$"):
+        require(False, "eval_n", 3, "at least 5")
+
+
+def test_too_few_images_to_measure_are_refused_at_once():
+    for options, least in (
+        (dict(eval_n=1), "must be at least 2"),
+        (dict(eval_n=3, recall=True), "--recall needs at least 4"),
+        (dict(eval_batch=0), "must be at least 1"),
+        (dict(batch_per_gpu=0), "must be at least 1"),
+    ):
+        name, value = next(iter(options.items()))
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: {least}"):
+            complete(TrainingOptions(**options), {"digits": {}}, {})
+    complete(TrainingOptions(eval_n=3), {"digits": {}}, {})
+    complete(TrainingOptions(eval_n=4, recall=True), {"digits": {}}, {})
+    complete(TrainingOptions(eval_n=2, eval_batch=1, batch_per_gpu=1), {"digits": {}}, {})
+
+
+@dataclass
+class Ranges(Options):
+    count: int | None = option(None, "from 1 on", low=1)
+    share: float = option(0.5, "a share", low=0, high=1)
+    rate: float = option(0.1, "a rate", above=0)
+    momentum: float = option(0.9, "a decay", low=0, below=1)
+    mode: str = option("a", "a mode", choices=("a", "b"))
+    nfe: tuple[int, ...] = option((5,), "evaluations", low=1)
+    solver: tuple[str, ...] = option(("x",), "solvers", choices=("x", "y"))
+    mult: tuple[int, ...] = option((1, 1), "multiples", repeats=True, above=0)
+
+
+def completed(presets=None, **options):
+    config = Ranges(**options)
+    complete(config, {"digits": presets or {}}, {})
+    return config
+
+
+@pytest.mark.parametrize(
+    "option, right, wrong, words",
+    [
+        ("count", (1, 7), (0, -3), "must be at least 1"),
+        ("share", (0, 0.3, 1), (1.0001, 2), "must be at most 1"),
+        ("share", (0.0,), (-1e-9, float("nan")), "must be at least 0"),
+        ("rate", (1e-9, 5), (0, -1, float("nan")), "must be above 0"),
+        ("momentum", (0, 0.999), (1, 1.5), "must be below 1"),
+        ("mode", ("a", "b"), ("c",), "choose one of a, b"),
+        ("nfe", ((1,), (3, 2)), ((0,), (4, 0)), "must be at least 1"),
+        ("solver", (("x",), ("y", "x")), (("z",), ("x", "z")), "choose one of x, y"),
+        ("mult", ((1, 2, 2),), ((2, 0),), "must be above 0"),
+    ],
+)
+def test_a_value_out_of_its_range_is_named(option, right, wrong, words):
+    for value in right:
+        assert getattr(completed(**{option: value}), option) == value
+    for value in wrong:
+        with pytest.raises(UsageError, match=f"^--{option} .*: {re.escape(words)}$") as error:
+            completed(**{option: value})
+        one = value[-1] if type(value) is tuple else value
+        assert one_line(error).startswith(f"--{option} {one}: ")  # the wrong one
+
+
+def test_ranges_hold_for_presets_too():
+    assert completed({"count": 2}).count == 2 and completed().count is None
+    with pytest.raises(UsageError, match="^--count 0: must be at least 1$"):
+        completed({"count": 0})
+
+
+def test_several_values_become_a_tuple_without_repetitions():
+    assert completed(nfe=5).nfe == (5,) and completed(solver="y").solver == ("y",)
+    assert completed(nfe=[8, 4, 8]).nfe == (8, 4)  # the order stays
+    assert completed(mult=(2, 2, 1)).mult == (2, 2, 1)  # where equal ones mean something
+    assert completed({"nfe": 3}, nfe=None).nfe == (3,)
