@@ -433,7 +433,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("return logits[torch.arange(len(x), device=x.device), labels]", "return logits[:, 0]"),
         (
             "return [load_classifier(config.dataset, device, 2, config.data_dir, steps)]",
-            "return [load_classifier(config.dataset, device, 2, config.data_dir, steps).train()]",
+            ("return [load_classifier(config.dataset, device, 2, config.data_dir, steps).train()]"),
         ),
         (
             "lambda noise, labels: generator(sigma_max * noise,",
