@@ -282,9 +282,11 @@ def test_a_plateau_is_five_validations_and_lowers_both_rates(toy, tmp_path, monk
     """Validation losses by script: best at the 2nd, then none better; the grid goes back there."""
     config = toy_config(tmp_path, steps=40, theta1_steps=0, objective="hard")
     original, script, grids = ld3.distillation_loss, iter([9, 8, 7, *[8] * 20]), []
+    first_grid_after = {}  # so many validations: that of the next update
 
     def scripted(solver, denoiser, x, target, sigmas, sigmas_net, distance):
         if torch.is_grad_enabled():
+            first_grid_after.setdefault(len(grids), sigmas.detach())
             return original(solver, denoiser, x, target, sigmas, sigmas_net, distance)
         grids.append((sigmas, sigmas_net))
         return torch.full((len(x),), float(next(script)))
@@ -298,6 +300,8 @@ def test_a_plateau_is_five_validations_and_lowers_both_rates(toy, tmp_path, monk
     assert parts["state"]["bad"] == 1 and parts["state"]["loss"] == 7
     torch.testing.assert_close(learned, grids[2])
     assert not torch.equal(grids[7][0], grids[2][0])
+    assert torch.equal(first_grid_after[7], grids[6][0])
+    assert torch.equal(first_grid_after[8], grids[2][0])
 
 
 def test_the_rate_of_the_latents_is_halved_after_a_round_without_a_move(toy, tmp_path):
