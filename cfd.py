@@ -40,7 +40,7 @@ from common.classifier import ImageNetInput, load_classifier
 from common.datasets import Stream, load_dataset
 from common.diffusion import expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
-from common.machinery.files import load_checkpoint
+from common.machinery.files import load_checkpoint, pretrained
 from common.machinery.options import TrainingOptions, cli, complete, option, parse_config, require
 from common.machinery.plots import save_fid_curves, save_rows
 from common.machinery.run import Run
@@ -190,13 +190,8 @@ class ImageNetFeatures(nn.Module):
         super().__init__()
         from torchvision.models import get_model
 
-        try:
-            self.net = get_model(name, weights=weights)
-        except OSError as error:
-            raise UsageError(
-                f"--classifier imagenet-{name}: no weights ({error}); put torchvision's file in "
-                f"{torch.hub.get_dir()}/checkpoints, or take --classifier own"
-            ) from None
+        load = partial(get_model, name, weights=weights)
+        self.net = pretrained(load, f"classifier imagenet-{name}", "take --classifier own")
         head = "fc" if name.startswith("resnet") else "classifier"
         self.head = getattr(self.net, head)
         setattr(self.net, head, nn.Identity())
@@ -210,7 +205,7 @@ class ImageNetFeatures(nn.Module):
 
 def make_classifier(config, device):
     if config.classifier == "own":
-        steps = 5 if config.smoke else None
+        steps = config.classifier_steps
         return load_classifier(config.dataset, device, data_dir=config.data_dir, steps=steps)
     return ImageNetFeatures(config.classifier.removeprefix("imagenet-")).to(device)
 

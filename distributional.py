@@ -209,7 +209,7 @@ class ImageNetFeatures(nn.Module):
 def feature_networks(config, device):
     if config.features == "imagenet":
         return [ImageNetFeatures(name).to(device) for name in ImageNetFeatures.LAYERS]
-    steps = 5 if config.smoke else None  # seed 2: FIDs use 0 and 1
+    steps = config.classifier_steps  # seed 2: FIDs use 0 and 1
     return [load_classifier(config.dataset, device, 2, config.data_dir, steps)]
 
 

@@ -27,21 +27,19 @@ Result on digits, 5 NFE, RMSE to a fine trajectory: ddim .229 -> .176. More: RES
     python dode.py                         # digits, six solvers: half a minute
     python dode.py --lambdas lambdas.json  # measure those of an earlier run
 """
-import json
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from common.diffusion import GRIDS, noise_from_seeds, sigma_grid, with_labels
 from common.fid import labels_for, make_evaluator, measure
-from common.machinery.files import save_json
+from common.machinery.files import read_json, save_json
 from common.machinery.options import Options, cli, complete, option, parse_config, require
 from common.machinery.plots import save_curves, save_rows
 from common.machinery.ranks import share_of, sum_over_ranks
@@ -268,15 +266,15 @@ def read_lambdas(config):
         grid = ", ".join(f"{sigma:.6g}" for sigma in sigmas)
         return f"--output {output}, {count} finite lambdas, grid {grid}"
 
-    has = {}
+    has, what = {}, "a lambdas.json of dode.py"
+    file = read_json(config.lambdas, "lambdas", what)
     try:
-        file = json.loads(Path(config.lambdas).read_text())
         entries = {f"{e['solver']} at {e['nfe']}": e for e in file["solvers"]}
         for job, entry in entries.items():
             count = sum(map(math.isfinite, entry["lambdas"]))
             has[job] = about(file["output"], entry["sigmas"], count)
     except Exception as error:  # whatever the file holds
-        why = f"not a lambdas.json of dode.py ({type(error).__name__}: {error})"
+        why = f"not {what} ({type(error).__name__}: {error})"
         require(False, "lambdas", config.lambdas, why)
     chosen = {}
     for nfe, solver in product(config.nfe, config.solver):

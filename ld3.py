@@ -284,7 +284,7 @@ def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("ld3", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    distance = make_distance(config, run.device)
+    distance = make_distance(config, run.device) if config.steps else None
     evaluator = make_evaluator(config, run.device)
     grids = {k: (config.grid(k), None) for k in ("uniform", "quadratic", "logsnr", "edm")}
     if config.steps:

@@ -273,7 +273,7 @@ def main():
     evaluator = make_evaluator(config, run.device)
     rows, pictures = measure(run, {("teacher", 35): sampler}, denoiser.net, evaluator)
     save_rows(run.out / "samples.png", pictures)
-    run.finish(rows)
+    run.finish(rows, teacher=str(path))
 
 
 if __name__ == "__main__":

@@ -366,6 +366,7 @@ def test_smoke_run_leaves_everything_and_the_schedule_reads_back(monkeypatch, tm
 
     schedule = tmp_path / "a" / "schedule.json"
     again = ("--smoke", "--steps", 0, "--schedule", schedule, "--out", tmp_path / "b")
+    monkeypatch.setattr(ld3, "make_distance", None)  # only training needs d, and its weights
     run_main(monkeypatch, *again)
     metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
     measured = {row["name"]: row for row in metrics["results"]}
