@@ -186,17 +186,17 @@ _CIFAR10 = dict(
     warmup=5000, distill_steps=40_000, distill_n=50_000, distill_lr=2e-4,
     eval_n=50_000, eval_batch=256,
 )
+_DIGITS = dict(
+    tn=160, adaptive_weight=True, independent=True, shakedrop=False, phi=0.75, arch="ddpmpp",
+    model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0,
+    encoder_channels=16, flip=False, steps=1500, batch_size=64, lr=2e-3, warmup=100,
+    distill_steps=120, distill_n=4096, distill_lr=5e-4, eval_n=2048, eval_batch=256,
+)
 PRESETS = {
-    "digits": dict(
-        tn=160, adaptive_weight=True, independent=True, shakedrop=False, phi=0.75, arch="ddpmpp",
-        model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
-        dropout=0.0, encoder_channels=16, flip=False, steps=1500, batch_size=64, lr=2e-3,
-        warmup=100, distill_steps=120, distill_n=4096, distill_lr=5e-4,
-        eval_n=2048, eval_batch=256,
-    ),
+    "digits": _DIGITS,
     "mnist": dict(
-        _CIFAR10, model_channels=32, num_blocks=2, phi=0.25, flip=False, steps=50_000,
-        batch_size=256, lr=3e-4, distill_lr=3e-4, eval_n=10_000,
+        _DIGITS, model_channels=16, channel_mult=(1, 2, 4), num_blocks=2, attn_resolutions=(7,),
+        batch_size=32, distill_n=2048, eval_n=1024, eval_batch=32,
     ),
     "cifar10": _CIFAR10,
     "imagenet64": dict(

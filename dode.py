@@ -217,7 +217,7 @@ class Config(Options):
 _OFFICIAL = dict(fit_n=100, fit_batch=100, reference_nfe=200, eval_n=50_000, eval_batch=256)
 PRESETS = {
     "digits": dict(fit_n=256, fit_batch=128, reference_nfe=64, eval_n=512, eval_batch=128),
-    "mnist": {**_OFFICIAL, "eval_n": 10_000},
+    "mnist": dict(fit_n=128, fit_batch=32, reference_nfe=50, eval_n=512, eval_batch=32),
     "cifar10": _OFFICIAL,
     "imagenet64": {**_OFFICIAL, "eval_batch": 128},
     "folder": {**_OFFICIAL, "eval_n": 10_000},

@@ -171,10 +171,10 @@ _OFFICIAL = dict(
     steps=175, theta1_steps=50, train_n=50, valid_n=50, batch_size=2, lr1=5e-3, lr2=0.1,
     lr_latent=12.0, eval_n=50_000, eval_batch=256,
 )
-_DIGITS = dict(distance="l2", train_n=100, batch_size=10, lr2=2.0, eval_n=1024)
+_SMALL = dict(distance="l2", train_n=100, batch_size=10, lr2=2.0, eval_n=1024)
 PRESETS = {
-    "digits": {**_OFFICIAL, **_DIGITS},
-    "mnist": {**_OFFICIAL, "distance": "l2", "lr2": 2.0, "eval_n": 10_000},
+    "digits": {**_OFFICIAL, **_SMALL},
+    "mnist": {**_OFFICIAL, **_SMALL, "eval_batch": 32},
     "cifar10": _OFFICIAL,
     "imagenet64": {**_OFFICIAL, "eval_batch": 128},
     "folder": {**_OFFICIAL, "eval_n": 10_000},

@@ -173,13 +173,12 @@ _CIFAR10 = dict(
     from_steps=8192, updates=50_000, batch_size=128, lr=5e-5, flip=True,
     eval_n=50_000, eval_batch=256,
 )
+_DIGITS = {
+    **_CIFAR10, "from_steps": 16, "updates": 300, "lr": 5e-4, "flip": False, "eval_n": 1024
+}
 PRESETS = {
-    "digits": {
-        **_CIFAR10, "from_steps": 16, "updates": 300, "lr": 5e-4, "flip": False, "eval_n": 1024
-    },
-    "mnist": {
-        **_CIFAR10, "from_steps": 64, "updates": 2000, "lr": 2e-4, "flip": False, "eval_n": 10_000
-    },
+    "digits": _DIGITS,
+    "mnist": {**_DIGITS, "updates": 200, "batch_size": 64, "eval_batch": 32},
     "cifar10": _CIFAR10,
     "imagenet64": {**_CIFAR10, "from_steps": 1024, "batch_size": 2048, "lr": 1e-4, "flip": False},
     "folder": {**_CIFAR10, "from_steps": 1024, "eval_n": 10_000},

@@ -2,7 +2,7 @@
 
     python -m common.classifier --dataset mnist     # train and cache one
 
-The one of `digits` with seed 0 is in the repository.
+Those of `digits` and `mnist` with seed 0 are in the repository.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ RECIPES = {
     "folder": {"width": 32, "steps": 3000},
 }
 BATCH_SIZE, LR, WEIGHT_DECAY = 128, 5e-3, 0.5
+SHIPPED = {(name, 0): ASSETS / f"{name}-classifier.pt" for name in ("digits", "mnist")}
 
 # ------------------------------------------------------------------------------ networks
 
@@ -203,8 +204,8 @@ def load_classifier(dataset_name, device, seed=0, data_dir=None, steps=None):
 
     steps: a shorter training, for a smoke test; such a classifier is cached apart.
     """
-    if (dataset_name, seed) == ("digits", 0):
-        return read_classifier(ASSETS / "digits-classifier.pt", device)
+    if (dataset_name, seed) in SHIPPED:
+        return read_classifier(SHIPPED[dataset_name, seed], device)
     short = f"-steps{steps}" if steps else ""
     data = f"{dataset_name}{fingerprint(dataset_name, data_dir)}"
     path = cache_dir() / f"{data}-classifier-seed{seed}{short}.pt"

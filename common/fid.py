@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from common import UsageError
-from common.classifier import load_classifier
+from common.classifier import SHIPPED, load_classifier
 from common.datasets import (
+    ASSETS,
     evenly,
     fingerprint,
     is_downsampled,
@@ -161,7 +162,7 @@ def classifier_features(dataset_name, device, data_dir=None, steps=None, seed=0)
     name = f"{dataset_name}-classifier"
     if seed:
         name += f"-seed{seed}"
-    if (dataset_name, seed) != ("digits", 0):  # not the shipped one
+    if (dataset_name, seed) not in SHIPPED:
         name += f"-{digest[:6]}"
 
     def features(images):
@@ -179,9 +180,10 @@ def features_of(images, extractor, batch_size=250):
 
 
 def reference_moments(dataset_name, extractor, data_dir=None, split="train"):
-    """mu (D,), cov (D, D), n of the real images of a split; computed once, then cached."""
+    """mu (D,), cov (D, D), n of the real images of a split: shipped, or computed once."""
     images = f"{dataset_name}{fingerprint(dataset_name, data_dir, exact=True)}-{split}"
-    path = cache_dir() / f"moments-{images}-{extractor.name}-{extractor.digest}.npz"
+    name = f"moments-{images}-{extractor.name}-{extractor.digest}.npz"
+    path = ASSETS / name if (ASSETS / name).exists() else cache_dir() / name
     with locked(path):
         try:
             with np.load(path) as file:

@@ -1,10 +1,11 @@
 """common/classifier.py: accuracy, gradients, random numbers, and what is cached."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common import UsageError, classifier
+from common import UsageError, classifier, fid
 from common.classifier import (
     Classifier,
     accuracy,
@@ -36,6 +37,19 @@ def test_the_shipped_classifier_recognises_held_out_digits(shipped):
     assert share == stored["accuracy"]  # fp16 on disk changed nothing
     assert (ASSETS / "digits-classifier.pt").stat().st_size < 300_000
     assert not shipped.training and not any(p.requires_grad for p in shipped.parameters())
+
+
+def test_what_ships_of_mnist_needs_no_images(monkeypatch):
+    """Its classifier, with its accuracy on the test images, and the training images' moments."""
+    monkeypatch.setattr(fid, "load_dataset", None)  # not asked for
+    extractor = fid.classifier_features("mnist", torch.device("cpu"))
+    mu, cov, n = fid.reference_moments("mnist", extractor)
+    assert (extractor.name, n) == ("mnist-classifier", 60_000)
+    assert load_checkpoint(ASSETS / "mnist-classifier.pt")["accuracy"] >= 0.99
+    with torch.no_grad():  # the classifier sees all ten digits, equally often, in these moments
+        head = load_classifier("mnist", "cpu").head.double()
+        assert head(torch.from_numpy(mu)).softmax(0).max() < 0.2
+    assert np.linalg.eigvalsh(cov).min() > 0
 
 
 def test_accuracy_counts_over_all_batches():

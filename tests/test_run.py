@@ -17,7 +17,7 @@ from common import UsageError
 from common.machinery import run as machinery
 from common.machinery.files import load_checkpoint, save_checkpoint
 from common.machinery.options import TrainingOptions
-from common.machinery.run import METRICS, Run, State, pick_device, table
+from common.machinery.run import METRICS, Run, State, commit, pick_device, table
 
 
 def make(out, **options):
@@ -45,7 +45,7 @@ def test_devices():
 # ------------------------------------------------------------------- folder, log, metrics
 
 
-def test_a_run_leaves_its_metrics_and_its_log(tmp_path, capsys):
+def test_a_run_leaves_its_metrics_and_its_log(tmp_path, capsys, monkeypatch):
     run = make(tmp_path / "run", seed=3)
     assert "method on digits: device cpu" in capsys.readouterr().out
     run.log(step=1, loss=0.5)
@@ -54,14 +54,17 @@ def test_a_run_leaves_its_metrics_and_its_log(tmp_path, capsys):
     rows = [{"name": "ours", "nfe": 1, "fid": 1.0, "fid_features": "classifier", "fid_n": 10}]
     run.start -= 10
     (run.out / "samples.png").touch()
+    monkeypatch.setattr("sys.argv", ["/some/where/ld3.py", "--nfe", "5"])
     run.finish(rows, extra=1)
     metrics = json.loads((run.out / "metrics.json").read_text())
     assert list(metrics) == [
-        *("method", "dataset", "teacher", "seed", "device", "versions", "config"),
+        *("method", "dataset", "teacher", "seed", "command", "commit", "device", "versions"),
+        "config",
         *("seconds", "peak_memory_mb", "results", "extra"),
     ]
     assert (metrics["method"], metrics["dataset"], metrics["seed"]) == ("method", "digits", 3)
     assert metrics["teacher"] == "none" and metrics["results"] == rows and metrics["extra"] == 1
+    assert metrics["command"] == "ld3.py --nfe 5" and metrics["commit"] == commit()
     assert metrics["config"]["seed"] == 3 and metrics["config"]["widths"] == [16, 32]
     assert metrics["versions"]["torch"] == torch.__version__
     assert 10 <= metrics["seconds"] < 70 and 10 < metrics["peak_memory_mb"] < 1e6
@@ -181,17 +184,32 @@ def test_a_table_shows_what_was_not_run_and_on_what_a_fid_rests():
     assert len({len(line) for line in lines}) == 1  # aligned
 
 
-def test_the_results_table_has_extra_columns_and_the_space_of_recall(tmp_path, capsys):
-    row = {"name": "a", "nfe": 1, "rmse_to_teacher": 0.25, "seconds": 7, "hidden": 3}
+def test_the_commit_is_that_of_the_code_or_none(monkeypatch):
+    def describe(command, **_):
+        assert command[:3] == ["git", "-C", str(Path(machinery.__file__).parent)]
+        return SimpleNamespace(stdout="1a2b3c4-dirty\n")
+
+    monkeypatch.setattr(machinery.subprocess, "run", describe)
+    assert commit() == "1a2b3c4-dirty"
+
+    def no_git(command, **_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(machinery.subprocess, "run", no_git)
+    assert commit() is None
+
+
+def test_the_results_table_has_the_space_of_recall(tmp_path, capsys):
+    row = {"name": "a", "nfe": 1, "rmse_to_teacher": 0.25, "hidden": 3}
     space = {"precision": 0.5, "recall": 0.75, "precision_recall_features": "x", "fid_n": 9}
     run = make(tmp_path)
     capsys.readouterr()
-    run.finish([{**row, **space}], columns=("seconds",))
+    run.finish([{**row, **space}])
     lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == [
-        *("name", "nfe", "rmse_to_teacher", "precision [x, n=9]", "recall [x, n=9]", "seconds")
+        *("name", "nfe", "rmse_to_teacher", "precision [x, n=9]", "recall [x, n=9]")
     ]
-    assert lines[1] == ["a", "1", "0.25", "0.5", "0.75", "7"]
+    assert lines[1] == ["a", "1", "0.25", "0.5", "0.75"]
 
 
 # ------------------------------------------------------------------------ stop and resume

@@ -193,6 +193,7 @@ def test_saved_teacher_reads_back_in_both_precisions(tmp_path):
 
 def test_what_is_no_teacher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(teacher, "SHIPPED", {})
     save_checkpoint(tmp_path / "classifier.pt", "classifier", {})
     (tmp_path / "junk.pt").write_bytes(b"junk")
     for spec, names in (

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -326,11 +327,8 @@ class Run:
         points = [(line["step"], line[name]) for line in lines if name in line]
         return [step for step, _ in points], [value for _, value in points]
 
-    def finish(self, results, columns=(), **more):
-        """Write metrics.json: rows `results`, what was run and for how long, `more`. Print a table.
-
-        columns: of the table, beyond name, nfe, rmse_to_teacher and the METRICS.
-        """
+    def finish(self, results, **more):
+        """Write metrics.json: rows `results`, what was run, for how long, `more`. Print a table."""
         if self.rank > 0:
             return
         teacher = getattr(self.config, "teacher", "none")
@@ -339,6 +337,7 @@ class Run:
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name()
         versions = {"python": platform.python_version(), "torch": torch.__version__}
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         save_json(
             self.out / "metrics.json",
             {
@@ -346,6 +345,8 @@ class Run:
                 "dataset": self.config.dataset,
                 "teacher": teacher or f"{self.config.dataset} (shipped or cached)",
                 "seed": self.config.seed,
+                "command": command,
+                "commit": commit(),
                 "device": f"{self.device} ({name})",
                 "versions": {**versions, "numpy": np.__version__},
                 "config": dataclasses.asdict(self.config),
@@ -355,10 +356,19 @@ class Run:
                 **more,
             },
         )
-        self.say(table(results, ["name", "nfe", "rmse_to_teacher", *METRICS, *columns]))
+        self.say(table(results, ["name", "nfe", "rmse_to_teacher", *METRICS]))
         kinds = (".json", ".png", ".pt")
         files = sorted(file.name for file in self.out.iterdir() if file.suffix in kinds)
         self.say(f"{self.seconds():.0f} s; results in {self.out}: {', '.join(files)}")
+
+
+def commit():
+    """The commit of this code, "-dirty" where it was changed since; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def peak_memory_mb(device):

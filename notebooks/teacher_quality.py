@@ -1,0 +1,120 @@
+"""How good is a teacher? Its samples beside the test images, measured in the same way.
+
+    python notebooks/teacher_quality.py --dataset mnist --data-dir DIR
+
+Against the training images: FID in the features of two classifiers, precision and recall. A third
+classifier, of another seed, says how many samples are clearly of one class. Leaves quality.json
+and nearest.png: 16 samples, and below each the training image nearest to it (2-norm of pixels).
+"""
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from tqdm import tqdm
+
+from common.classifier import load_classifier
+from common.datasets import evenly, load_dataset, to_float, to_uint8
+from common.diffusion import noise_from_seeds, sigma_grid, with_labels
+from common.fid import (
+    Moments,
+    classifier_features,
+    features_of,
+    frechet_distance,
+    labels_for,
+    precision_recall,
+    reference_moments,
+)
+from common.machinery.files import BAR, save_json
+from common.machinery.options import DATASETS, cli, option, parse_config
+from common.machinery.plots import save_rows
+from common.machinery.run import pick_device
+from common.solvers import heun
+from common.teacher import load_teacher
+
+INDEPENDENT = 3  # seeds 0 and 1 are those of the FIDs, 2 that of distributional.py
+
+
+@dataclass
+class Config:
+    dataset: str = option("mnist", "data set", choices=DATASETS)
+    data_dir: str | None = option(None, "where the data lies")
+    teacher: str | None = option(None, "teacher checkpoint (default: the data set's own)")
+    n: int = option(10_000, "samples", low=100)
+    batch: int = option(32, "images per batch while sampling", low=1)
+    device: str = option("auto", "auto, cpu or cuda")
+    out: str = option("notebooks/results/mnist-teacher", "where the results go")
+
+
+@torch.no_grad()
+def sample(teacher, n, batch, device):
+    """n images, uint8 (n, C, H, W), of the seeds 0, 1, 2, ... by EDM's sampler of 35 evaluations."""
+    sigmas = torch.cat([sigma_grid("edm", 17), torch.zeros(1, dtype=torch.float64)])
+    images = []
+    for seeds in tqdm(torch.arange(n).split(batch), "sampling", **BAR):
+        noise = noise_from_seeds(seeds, teacher.net.img_shape, device)
+        labels = labels_for(seeds, teacher.net.label_dim, device)
+        x0 = heun(with_labels(teacher, labels), 80.0 * noise, sigmas)
+        images.append(to_uint8(x0).cpu())
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def confidence(classifier, images, device):
+    """The largest class probability of each uint8 image (N, C, H, W) -> (N,)."""
+    return torch.cat(
+        [
+            classifier(to_float(part.to(device)))[1].softmax(1).amax(1).cpu()
+            for part in images.split(250)
+        ]
+    )
+
+
+def nearest(images, candidates):
+    """For each of images (n, C, H, W) the nearest of candidates (N, C, H, W), by pixels."""
+    distances = torch.cdist(to_float(images).flatten(1), to_float(candidates).flatten(1))
+    return candidates[distances.argmin(1)]
+
+
+def main():
+    config, started = parse_config(Config, {}, __doc__), time.perf_counter()
+    device, why = pick_device(config.device)
+    print(why)
+    dataset, data_dir = config.dataset, config.data_dir
+    spaces = [classifier_features(dataset, device, data_dir, seed=seed) for seed in (0, 1)]
+    independent = load_classifier(dataset, device, INDEPENDENT, data_dir)
+    train = load_dataset(dataset, "train", data_dir).images
+    kinds = {
+        "samples": sample(
+            load_teacher(config.teacher, dataset, device, data_dir), config.n, config.batch, device
+        ),
+        "test images": load_dataset(dataset, "test", data_dir).images[: config.n],
+    }
+    rows = []
+    for name, images in kinds.items():
+        row = {"name": name, "n": len(images)}
+        for space in spaces:
+            features = features_of(images, space)
+            moments = Moments(space.dim, device)
+            moments.add(features)
+            mu, cov, _ = reference_moments(dataset, space, data_dir)
+            row[f"fid {space.name}"] = frechet_distance(*moments.mean_cov(), mu, cov)
+        real = features_of(evenly(train, 10_000), spaces[1])
+        row["precision"], row["recall"] = precision_recall(real, features)
+        row["confident"] = (confidence(independent, images, device) > 0.9).double().mean().item()
+        rows.append(row)
+        print(row)
+    minutes = round((time.perf_counter() - started) / 60, 1)
+    about = {"dataset": dataset, "sampler": "heun, 35 evaluations", "minutes": minutes}
+    about["threads"] = torch.get_num_threads()
+    save_json(Path(config.out) / "quality.json", {**about, "results": rows})
+    few = kinds["samples"][:16]
+    pictures = {"16 samples": few, "nearest in training": nearest(few, train)}
+    save_rows(Path(config.out) / "nearest.png", pictures)
+
+
+if __name__ == "__main__":
+    cli(main)
