@@ -306,8 +306,7 @@ def main():
         stages, lambdas = stages_of(solver, entry["sigmas"], nfe), entry["lambdas"]
         samplers[solver, nfe] = sampler(integrate, stages)
         samplers[f"d-{solver}", nfe] = sampler(integrate, stages, lambdas, config.output)
-        line = [stage.sigma for stage in stages], [max(-4, min(4, v)) for v in lambdas]
-        curves.setdefault(f"d-{solver}", line)  # the first --nfe
+        curves.setdefault(f"d-{solver}", (range(1, nfe + 1), lambdas))  # the first --nfe
     for nfe in config.nfe:
         sigmas = student_grid(config, "ddim", nfe)
         samplers["ab2", nfe] = sampler(ipndm, sigmas, order=2)
@@ -320,8 +319,8 @@ def main():
     for row, entry in zip(rows[1::2], fitted.values()):  # of d-ddim, d-ipndm, ...
         row |= {name: value for name, value in entry.items() if name.startswith("fit_")}
     save_rows(run.out / "samples.png", pictures)
-    title = f"{config.nfe[0]} evaluations, cut at +-4"
-    save_curves(run.out / "lambdas.png", curves, "sigma", "lambda", title, log="x")
+    names = f"network evaluation, 1 to {config.nfe[0]}", "lambda (logarithmic beyond 1)"
+    save_curves(run.out / "lambdas.png", curves, *names, log="symlog")
     run.finish(rows)
 
 

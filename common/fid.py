@@ -350,7 +350,7 @@ def measure(run, samplers, net, evaluator=None, reference=None):
 
     samplers: {(name, nfe): sampler(noise, labels) -> x0}; noise is unit Gaussian (B, C, H, W),
     float64; labels are `labels_for` the seeds. net: gives img_shape and label_dim. Returns the
-    rows of metrics.json in the order of `samplers`, and pictures {"name nfe": 16 images, uint8}.
+    rows of metrics.json in the order of `samplers`, and pictures {"name, NFE n": 16 images, uint8}.
 
     A row has the columns of `Metrics.row` and, if `reference` names one of the samplers,
     `rmse_to_teacher`: the root mean square difference from its images, over images and pixels in
@@ -360,7 +360,7 @@ def measure(run, samplers, net, evaluator=None, reference=None):
     config, device, shape = run.config, run.device, net.img_shape
     n = config.eval_n if evaluator else min(16, config.eval_n)
     share = share_of(n)
-    labelled = {f"{name} {nfe}": (name, nfe, sampler) for (name, nfe), sampler in samplers.items()}
+    labelled = {f"{k[0]}, NFE {k[1]}": (*k, sampler) for k, sampler in samplers.items()}
     first_ones = [label for label, (name, _, _) in labelled.items() if name == reference]
     order = [*first_ones, *(label for label in labelled if label not in first_ones)]
     metrics = {label: Metrics(evaluator, n) for label in order} if evaluator else {}

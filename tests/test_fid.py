@@ -337,14 +337,14 @@ def test_an_image_belongs_to_its_seed_whatever_the_batch():
         return 0.2 * noise + labels[:, None, None, None] - 1
 
     samplers = {("a", 1): sampler}
-    pictures = [measure(samplers, batch=size, classes=3)[1]["a 1"] for size in (1, 2, 256)]
+    pictures = [measure(samplers, batch=size, classes=3)[1]["a, NFE 1"] for size in (1, 2, 256)]
     assert torch.equal(pictures[0], pictures[1]) and torch.equal(pictures[0], pictures[2])
     assert seen == [1] * 5 + [2, 2, 1] + [5]
     for seed, image in enumerate(pictures[0]):
         noise = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(seed)).double()
         assert torch.equal(image, to_uint8((0.2 * noise + seed % 3 - 1).float()))
     assert len(pictures[0].flatten(1).unique(dim=0)) == 5
-    assert len(measure(samplers, n=90, classes=3)[1]["a 1"]) == 16  # all there is to see
+    assert len(measure(samplers, n=90, classes=3)[1]["a, NFE 1"]) == 16  # all there is to see
     assert fid.labels_for(range(12), 10, "cpu").tolist() == [*range(10), 0, 1]
     assert fid.labels_for([1], 0, "cpu") is None
 
@@ -373,7 +373,7 @@ def test_rows_are_those_of_all_images_and_the_reference_is_sampled_first():
     rows, pictures = measure(samplers, evaluator, reference="teacher", **sizes)
     assert order == ["teacher", "ours"] * 3
     assert [(row.pop("name"), row.pop("nfe")) for row in rows] == list(samplers)
-    assert list(pictures) == ["ours 2", "teacher 9"]
+    assert list(pictures) == ["ours, NFE 2", "teacher, NFE 9"]
     noise = noise_from_seeds(range(70), (1, 8, 8))
     target = teacher(noise, None)
     for row, sampler in zip(rows, samplers.values()):
@@ -408,7 +408,7 @@ def test_sampling_keeps_no_graph_and_refuses_what_is_not_finite():
         return x0 / (noise[:, :1, :1, :1] - third)
 
     measure({("cfd", 4): sampler}, n=3, shape=(1, 2, 2))
-    with pytest.raises(UsageError, match="cfd 4.*not finite, images 2 to 3"):
+    with pytest.raises(UsageError, match="cfd, NFE 4.*not finite, images 2 to 3"):
         measure({("cfd", 4): sampler}, n=4, batch=2, shape=(1, 2, 2))
 
 

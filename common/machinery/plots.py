@@ -6,9 +6,10 @@ from common.machinery.files import atomic_write
 from common.machinery.ranks import rank_and_world
 
 
-def _write(figure, path, **how):
+def _write(figure, path):
     if rank_and_world()[0] == 0:
-        atomic_write(path, lambda file: figure.savefig(file, format="png", **how))
+        how = {"format": "png", "bbox_inches": "tight", "pad_inches": 0.05}
+        atomic_write(path, lambda file: figure.savefig(file, **how))
 
 
 def save_rows(path, rows, columns=16):
@@ -28,41 +29,55 @@ def save_rows(path, rows, columns=16):
         for spine in axis.spines.values():
             spine.set_visible(False)
     figure.subplots_adjust(left=0.1, right=1, bottom=0, top=1, hspace=0.1)
-    _write(figure, path, bbox_inches="tight", pad_inches=0.05)  # as wide as the longest label
+    _write(figure, path)
 
 
 def save_curves(path, curves, xlabel, ylabel, title="", log=""):
-    """Lines {label: (xs, ys)} in one plot; `log`, "", "x", "y" or "xy": the logarithmic axes."""
+    """Lines {label: (xs, ys)} in one plot; `log`, "", "x", "y" or "xy": the logarithmic axes.
+
+    A line of one value is a reference, drawn across the plot. Axis y is linear around 0 and
+    logarithmic beyond 1 with "symlog".
+    """
     figure = Figure(figsize=(6.4, 4), dpi=120)
     axis = figure.subplots()
     for label, (xs, ys) in curves.items():
-        axis.plot(xs, ys, marker="." if len(xs) < 40 else None, label=label)
+        if len(xs) == 1:
+            axis.axhline(ys[0], color="gray", linestyle="--", label=label)
+        else:
+            axis.plot(xs, ys, marker="." if len(xs) < 40 else None, label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axis.set_xscale("log" if "x" in log else "linear")
-    axis.set_yscale("log" if "y" in log else "linear")
-    points = sorted({x for xs, _ in curves.values() for x in xs})
-    if "x" in log and len(points) < 13 and all(isinstance(x, int) for x in points):
+    if log == "symlog":
+        axis.set_yscale("symlog", linthresh=1)
+    else:
+        axis.set_xscale("log" if "x" in log else "linear")
+        axis.set_yscale("log" if "y" in log else "linear")
+    points = sorted({x for xs, _ in curves.values() for x in xs if len(xs) > 1})
+    if len(points) < 13 and all(isinstance(x, int) for x in points):
         axis.set_xticks(points, map(str, points))  # counts: 1, 2, 4 instead of 10^0, ...
         axis.set_xticks([], minor=True)
+    if log:
+        axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _write(figure, path)
 
 
 def save_fid_curves(path, rows, title=""):
     """FID against network evaluations, one line for each name among `rows` of metrics.json.
 
-    The teacher's best, with many more evaluations, is a horizontal line.
+    A name with one number of evaluations, as the teacher's best, is a reference line.
     """
+    counts = {}
+    for row in rows:
+        counts.setdefault(row["name"], []).append(row["nfe"])
     curves = {}
     for row in rows:
-        xs, ys = curves.setdefault(row["name"], ([], []))
+        label = row["name"]
+        if len(counts[label]) == 1:
+            label += f" ({row['nfe']} evaluations)" if row["nfe"] > 1 else " (1 evaluation)"
+        xs, ys = curves.setdefault(label, ([], []))
         xs.append(row["nfe"])
         ys.append(row["fid"])
-    if "teacher" in curves:
-        counts = sorted({row["nfe"] for row in rows if row["name"] != "teacher"})
-        curves["teacher"] = (counts, curves["teacher"][1] * len(counts))
     ylabel = f"FID [{rows[0]['fid_features']}, n={rows[0]['fid_n']}]"
     save_curves(path, curves, "network evaluations", ylabel, title, log="xy")
 
@@ -78,11 +93,12 @@ def save_sigma_grids(path, grids, title="", floor=1e-3):
             xs = np.maximum(np.asarray(sigmas_net, dtype=float), floor)[:-1]
             label = "conditioning noise level"
             axis.plot(xs, [y] * len(xs), "x", color="black", markersize=7, label=label)
-            axis.legend(fontsize=8, loc="upper left")
-    axis.set(xscale="log", xlabel="sigma (noise level)", title=title)
+            axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    axis.set(xscale="log", xlabel="sigma (noise level): from noise to image")
+    axis.set_title(title, loc="left")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_yticks(range(len(grids)), list(grids))
     axis.set_ylim(-0.6, len(grids) - 0.2)
     axis.invert_xaxis()
     axis.grid(alpha=0.3, axis="x")
-    figure.tight_layout()
     _write(figure, path)
