@@ -14,8 +14,7 @@ x0_m: the data that CUD predicts after m = 8, then 11, then 14 of 16 Euler steps
 
 Differences from the official code (Catch-Up-Distillation, commit 7d271f1):
  1. Targets without dropout (theirs: with).
- 2. One step: ShakeDrop as in training (theirs: off), float targets (theirs: 8-bit). MNIST samples
-    with its phi, 0.25 (theirs: 0.75).
+ 2. One step: ShakeDrop as in training (theirs: off), float targets (theirs: 8-bit).
  3. EMA decay min(0.9999, (1 + i) / (10 + i)) (theirs: 0.9999). The encoder has two heads, mean
     and log variance (theirs: one of twice the channels).
  4. Heun's steps cover the whole interval (theirs: half of it).
@@ -196,7 +195,7 @@ PRESETS = {
     "digits": _DIGITS,
     "mnist": dict(
         _DIGITS, model_channels=16, channel_mult=(1, 2, 4), num_blocks=2, attn_resolutions=(7,),
-        batch_size=32, distill_n=2048, eval_n=1024, eval_batch=32,
+        steps=1000, batch_size=32, distill_n=2048, eval_n=1024, eval_batch=32,
     ),
     "cifar10": _CIFAR10,
     "imagenet64": dict(

@@ -256,7 +256,7 @@ _CIFAR10 = dict(
 _SMALL = dict(_CIFAR10, features="classifier", width=32, lr=3e-4, lr_d=2e-3)
 PRESETS = {
     "digits": dict(_SMALL, images=160_000, batch_size=128, eval_n=2048, eval_batch=128),
-    "mnist": dict(_SMALL, images=80_000, batch_size=64, eval_n=1024, eval_batch=32),
+    "mnist": dict(_SMALL, images=60_000, batch_size=64, eval_n=1024, eval_batch=32),
     "cifar10": _CIFAR10,
     "imagenet64": dict(
         _CIFAR10, images=10_000_000, batch_size=512, lr=8e-6, lr_d=4e-5, ema_images=5e7

@@ -178,7 +178,7 @@ _DIGITS = {
 }
 PRESETS = {
     "digits": _DIGITS,
-    "mnist": {**_DIGITS, "updates": 200, "batch_size": 64, "eval_batch": 32},
+    "mnist": {**_DIGITS, "updates": 150, "batch_size": 64, "eval_batch": 32},
     "cifar10": _CIFAR10,
     "imagenet64": {**_CIFAR10, "from_steps": 1024, "batch_size": 2048, "lr": 1e-4, "flip": False},
     "folder": {**_CIFAR10, "from_steps": 1024, "eval_n": 10_000},
