@@ -77,9 +77,8 @@ def export_grid(config, teacher, sigmas, sigmas_net):
     import diffusers
 
     folder, (name, options) = Path(config.export), SCHEDULERS[config.solver]
-    order = 1 if config.solver == "euler" else config.order
     scheduler = getattr(diffusers, name).from_config(
-        teacher.scheduler.config, solver_order=order, final_sigmas_type="sigma_min", **options
+        teacher.scheduler.config, solver_order=config.order, **options
     )
     timesteps = teacher.timestep(sigmas[:-1].to(teacher.log_sigmas.device))
     grid = {
