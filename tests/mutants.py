@@ -233,7 +233,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("    if keys:\n", "    if False:\n"),
         ("if not all(p.isfinite().all()", "if not all(True"),
         ("if found != self.prediction:", "if False:"),
-        ("name and path.suffix not in", "name and path.suffix in"),
+        ("and path.suffix not in", "and path.suffix in"),
         ('("conv_shortcut", "skip"), ', ""),
     ],
     ("common/machinery/diffusers_export.py", "test_diffusers"): [

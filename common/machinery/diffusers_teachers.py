@@ -2,8 +2,8 @@
 
 Read are a UNet2DModel, unconditional or with classes, and the config of a DDPM or DDIM scheduler:
 a pipeline's folder (unet/, scheduler/), the model's with scheduler_config.json in it, or such a
-repository on the hub. Weights come from safetensors, never from a pickle. Nothing else in this
-project imports diffusers, and this file only where it is used.
+repository on the hub. Weights come from safetensors, never from a pickle. diffusers is imported
+in functions alone, here and in diffusers_export.py: who does not use it need not have it.
 """
 import contextlib
 import re
@@ -176,7 +176,7 @@ def _folder(spec):
         import diffusers  # noqa: F401
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UsageError('this needs diffusers: pip install "diffusers"') from None
+        raise UsageError('this needs diffusers: pip install -e ".[diffusers]"') from None
     if Path(spec).is_dir():
         return Path(spec)
     try:

@@ -85,7 +85,9 @@ class Options:
 class SolverOptions(Options):
     """Those of a script that learns how to sample from a teacher."""
 
-    teacher: str | None = option(None, "teacher, or a student (default: the data set's own)")
+    teacher: str | None = option(
+        None, "a checkpoint, an EDM .pkl, a model of diffusers (default: the data set's own)"
+    )
     sigma_min: float | None = option(
         None, "lowest noise level (default: EDM's 0.002, or of the teacher's training)", above=0
     )
@@ -111,7 +113,9 @@ class TrainingOptions(Options):
 class DistillationOptions(TrainingOptions):
     """Those of a script that trains a copy of the teacher."""
 
-    teacher: str | None = option(None, "teacher, or a student (default: the data set's own)")
+    teacher: str | None = option(
+        None, "a checkpoint, an EDM .pkl, a model of diffusers (default: the data set's own)"
+    )
     sigma_max: float | None = option(
         None, "highest noise level (default: EDM's 80, or of the teacher's training)",
         above=1, below=math.inf,
