@@ -62,7 +62,8 @@ class DiffusersDenoiser(Denoiser):
     sigma_t = sqrt(1 - a_t) / sqrt(a_t), a = the scheduler's alphas_cumprod. Between two training
     timesteps t is linear in log sigma, as in diffusers; outside of them it is the nearest. Never
     clipped: clip_sample and thresholding are a sampler's. Around the network all is float64, for
-    x - sigma eps cancels. `arch` and `sigma_data` make it a teacher like any other.
+    x - sigma eps cancels. It also multiplies the network's error by sigma, and the last sigma of
+    cosine betas is 20,000: there, with eps, take --sigma-max 80.
     """
 
     arch, kwargs = "diffusers", None
