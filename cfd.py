@@ -35,17 +35,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UsageError
 from common.classifier import ImageNetInput, load_classifier
 from common.datasets import Stream, load_dataset
 from common.diffusion import expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
-from common.machinery.files import load_checkpoint, pretrained
-from common.machinery.options import TrainingOptions, cli, complete, option, parse_config, require
+from common.machinery.files import pretrained
+from common.machinery.options import (
+    DistillationOptions, cli, complete, option, parse_config, require,
+)
 from common.machinery.plots import save_fid_curves, save_rows
 from common.machinery.run import Run
 from common.solvers import euler, heun
-from common.teacher import check_classes, load_teacher, save_teacher
+from common.teacher import check_classes, load_student, load_teacher, save_teacher
 
 # ------------------------------------------------------------------------------------ the method
 
@@ -120,15 +121,13 @@ CLASSIFIERS = (
 
 
 @dataclass
-class Config(TrainingOptions):
-    teacher: str | None = option(None, "teacher checkpoint (default: the data set's own)")
+class Config(DistillationOptions):
     pd: str | None = option(
         None, "folder of a progressive.py run: start from its student; measure its later ones"
     )
     from_steps: int | None = option(None, "steps of the teacher's sampler (official: 1024)", low=1)
     cfd_from: int | None = option(None, "PD down to so many steps, then CFD (official: 8)", low=1)
     to_steps: int = option(1, "steps of the last student (paper: 1)", low=1)
-    sigma_max: float = option(80.0, "highest noise level (EDM)", above=1, below=math.inf)
     classifier: str = option(
         "own", "whose features: the data set's, or torchvision's of ImageNet", choices=CLASSIFIERS
     )
@@ -216,16 +215,6 @@ def make_classifier(config, device):
 # ------------------------------------------------------------------------------------- training
 
 
-def read_student(path, teacher):
-    """A frozen student on the teacher's device. Raises UsageError if the file holds none."""
-    student, state = copy.deepcopy(teacher), load_checkpoint(path, "teacher")
-    try:
-        student.load_state_dict(state["weights"])
-    except RuntimeError:
-        raise UsageError(f"{path}: the weights of a student of another teacher") from None
-    return student
-
-
 def stages_of(config):
     """The stages of a run, which starts from the teacher or the student of --pd."""
     first = config.cfd_from if config.pd else config.from_steps
@@ -241,7 +230,7 @@ def train(config, run=None, teacher=None):
     check_classes(config, teacher, data)
     stage_teacher = copy.deepcopy(teacher)
     if config.pd:
-        stage_teacher = read_student(f"{config.pd}/student-{config.cfd_from}.pt", teacher)
+        stage_teacher = load_student(f"{config.pd}/student-{config.cfd_from}.pt", stage_teacher)
     student = copy.deepcopy(stage_teacher).requires_grad_(True)  # eval mode: no dropout
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, config.batch_size, config.seed, config.flip)
@@ -316,13 +305,15 @@ def main():
     students = {}
     for n in config.nfe:
         if config.pd and n <= config.cfd_from:
-            students["pd", n] = read_student(f"{config.pd}/student-{n}.pt", teacher)
+            path = f"{config.pd}/student-{n}.pt"
+            students["pd", n] = load_student(path, copy.deepcopy(teacher))
     evaluator = make_evaluator(config, run.device, unseen=True)
     train(config, run, teacher)
     for n, _ in stages_of(config):
         if n in config.nfe:
             name = "pd" if n >= config.cfd_from else "cfd"
-            students[name, n] = read_student(run.out / f"student-{n}.pt", teacher)
+            path = run.out / f"student-{n}.pt"
+            students[name, n] = load_student(path, copy.deepcopy(teacher))
     samplers = make_samplers(config, teacher, students)
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")
     save_rows(run.out / "samples.png", {k: v for k, v in pictures.items() if "edm" not in k})

@@ -41,7 +41,10 @@ from common.classifier import ImageNetInput, load_classifier
 from common.datasets import Stream, load_dataset
 from common.diffusion import Denoiser, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
-from common.machinery.options import TrainingOptions, cli, complete, option, parse_config, require
+from common.machinery.diffusers_teachers import our_name
+from common.machinery.options import (
+    DistillationOptions, cli, complete, option, parse_config, require,
+)
 from common.machinery.plots import save_curves, save_rows
 from common.machinery.run import Run
 from common.solvers import euler, heun
@@ -64,14 +67,16 @@ class Generator(Denoiser):
 def is_frozen(name, level):
     """Whether --freeze `level` fixes a parameter: these layers, inside residual blocks."""
     layers = level.replace("+", "|") + "|proj"
-    inside = re.search(rf"_(block|up|down|in)\d*\.({layers})", name)
+    inside = re.search(rf"_(block|up|down|in)\d*\.({layers})", our_name(name))
     return level != "none" and inside is not None
 
 
 def make_generator(teacher, freeze="none"):
-    """A Generator with a copy of the teacher's weights; in eval mode: no dropout."""
-    generator = Generator(copy.deepcopy(teacher.net), teacher.sigma_data).eval()
-    for name, parameter in generator.named_parameters():
+    """A copy of the teacher, EDM's as a Generator; in eval mode: no dropout."""
+    generator = copy.deepcopy(teacher)
+    if type(teacher) is Denoiser:
+        generator = Generator(generator.net, teacher.sigma_data)
+    for name, parameter in generator.eval().named_parameters():
         parameter.requires_grad_(not is_frozen(name, freeze))
     return generator
 
@@ -217,8 +222,7 @@ def feature_networks(config, device):
 
 
 @dataclass
-class Config(TrainingOptions):
-    teacher: str | None = option(None, "teacher checkpoint (default: the data set's own)")
+class Config(DistillationOptions):
     freeze: str = option(
         "conv", "layers of residual blocks that stay the teacher's (official: conv); none: GDD",
         choices=("none", "conv", "conv+qkv", "conv+qkv+skip"),
@@ -237,9 +241,6 @@ class Config(TrainingOptions):
         None, "EMA's half-life in images, at most 0.05 of those seen", above=0
     )
     recall: bool = option(True, "precision and recall")
-    sigma_max: float = option(
-        80.0, "the generator's noise level (official)", above=0.002, below=float("inf")
-    )
     nfe: tuple[int, ...] = option((1, 5, 10), "evaluations of the teacher's DDIM", low=1)
 
     def __post_init__(self):
@@ -291,7 +292,7 @@ def train(config, run=None, teacher=None):
     stream = Stream(data, config.batch_size, config.seed)
     sample = one_step(generator, config.sigma_max)
     loss_r1 = partial(r1_penalty, disc, gamma=config.r1_gamma * config.r1_every)
-    fakes = []  # images of the generator's step, in parts
+    fakes = []  # the generator's images, in parts
 
     def loss_g(noise, labels):
         fake = sample(noise, labels)  # (B, C, H, W)
@@ -340,6 +341,8 @@ def main():
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     evaluator = make_evaluator(config, run.device, unseen=True)
     generator = train(config, run, teacher)
+    if teacher.arch == "diffusers" and run.rank == 0:
+        generator.save(run.out / "generator")
 
     def sample(solver, sigmas, noise, labels):
         return solver(with_labels(teacher, labels), config.sigma_max * noise, sigmas)

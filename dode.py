@@ -24,7 +24,7 @@ Differences from the paper and its code (D-ODE-Solvers, commit 6dc5a1c):
 6. DPM-Solver-2's inner level: the middle in log sigma (theirs: in VP time). DEIS integrates
    exactly (theirs: a Riemann sum). With odd --nfe, heun and dpm2 end with an Euler step.
 Result on digits, 5 NFE, RMSE to a fine trajectory: ddim .229 -> .176. More: RESULTS.md
-    python dode.py                         # digits, six solvers: half a minute
+    python dode.py                         # digits: half a minute
     python dode.py --lambdas lambdas.json  # measure those of an earlier run
 """
 import math
@@ -40,10 +40,11 @@ import torch
 from common.diffusion import GRIDS, noise_from_seeds, sigma_grid, with_labels
 from common.fid import labels_for, make_evaluator, measure
 from common.machinery.files import read_json, save_json
-from common.machinery.options import Options, cli, complete, option, parse_config, require
+from common.machinery.options import SolverOptions, cli, complete, option, parse_config, require
 from common.machinery.plots import save_curves, save_rows
 from common.machinery.ranks import share_of, sum_over_ranks
 from common.machinery.run import Run, State
+from common.machinery.schedule import coupled_schedule
 from common.solvers import TWO_EVALUATIONS, deis, dpm2, dpmpp, euler, heun, ipndm
 from common.teacher import load_teacher
 
@@ -142,7 +143,8 @@ def integrate(denoiser, x, stages, lambdas=None, output="x0"):
 def student_grid(config, solver, nfe):
     """Noise levels (n+1,) for `nfe` evaluations: one a step, or two (n is rounded up)."""
     n = (nfe + 1) // 2 if solver in TWO_EVALUATIONS else nfe
-    return sigma_grid(config.grid, n, config.sigma_min, config.sigma_max)
+    sigmas = sigma_grid(config.grid, n, config.sigma_min, config.sigma_max)
+    return coupled_schedule(config.schedule, sigmas) if config.schedule else sigmas
 
 
 def teacher_grid(student, scale):
@@ -194,15 +196,13 @@ def inner(a, b):
 
 
 @dataclass
-class Config(Options):
-    teacher: str | None = option(None, "teacher checkpoint (default: the data set's own)")
+class Config(SolverOptions):
     nfe: tuple[int, ...] = option((5,), "network evaluations (official: 10)", low=1)
     solver: tuple[str, ...] = option(tuple(SOLVERS), "solvers to distil", choices=tuple(SOLVERS))
     scale: int = option(10, "C: teacher steps per evaluation (official: 10)", low=1)
     grid: str = option("edm", "the student's time grid (official: edm)", choices=GRIDS)
-    sigma_min: float = option(0.002, "lowest noise level (EDM)", above=0)
-    sigma_max: float = option(80.0, "highest noise level (EDM)")
     output: str = option("x0", "D: data (official: EDM) or noise (DDPM)", choices=("x0", "eps"))
+    schedule: str | None = option(None, "grid: schedule.json of ld3.py --times coupled")
     lambdas: str | None = option(None, "lambdas.json of an earlier run: fit nothing")
     fit_n: int | None = option(None, "images of the fitting set", low=1)
     fit_batch: int | None = option(None, "of these, how many at a time", low=1)
@@ -210,7 +210,8 @@ class Config(Options):
 
     def __post_init__(self):
         complete(self, PRESETS, SMOKE)
-        sigma_grid(self.grid, 1, self.sigma_min, self.sigma_max)  # may raise
+        for job in product(("ddim", *self.solver), self.nfe):
+            student_grid(self, *job)  # may raise
 
 
 # Official: launch.sh (one batch of 100), the usual FID of 50,000 images.
@@ -230,7 +231,7 @@ def fit(config, run=None, teacher=None):
     run = run or Run("dode", config)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     require(config.fit_n >= run.world, "fit_n", config.fit_n, f"there are {run.world} ranks")
-    seeds = torch.arange(config.fit_n) + 10**9 * (config.seed + 1)  # evaluation: 0, 1, 2, ...
+    seeds = torch.arange(config.fit_n) + 10**9 * (config.seed + 1)  # evaluation: 0, 1, ...
     seeds = seeds[share_of(config.fit_n)]
     x = config.sigma_max * noise_from_seeds(seeds, teacher.net.img_shape, run.device)
     if x.is_cuda and 16 * x.nbytes > torch.cuda.mem_get_info()[0] / 4:  # two Points

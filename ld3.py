@@ -38,8 +38,9 @@ from torch.utils.checkpoint import checkpoint
 from common.classifier import load_classifier
 from common.diffusion import noise_from_seeds, sigma_grid, with_labels
 from common.fid import labels_for, make_evaluator, measure
+from common.machinery.diffusers_export import check_export, export_grid
 from common.machinery.files import pretrained
-from common.machinery.options import Options, cli, complete, option, parse_config, require
+from common.machinery.options import SolverOptions, cli, complete, option, parse_config, require
 from common.machinery.plots import save_rows, save_sigma_grids
 from common.machinery.ranks import from_first_rank
 from common.machinery.run import Run, State
@@ -125,14 +126,11 @@ def teacher_samples(config, denoiser, noise):
 
 
 @dataclass
-class Config(Options):
-    teacher: str | None = option(None, "teacher (default: the data set's own)")
+class Config(SolverOptions):
     nfe: int = option(5, "network evaluations (paper: 4 to 10)", low=1)
     solver: str = option("unipc", "the student's solver", choices=tuple(SOLVERS))
     order: int | None = option(None, "its order (default, paper: 3, or its highest)")
     teacher_nfe: int = option(20, "of the teacher, UniPC-3, edm grid (official)", low=1)
-    sigma_min: float = option(0.002, "lowest noise level (EDM)", above=0)
-    sigma_max: float = option(80.0, "highest noise level (EDM)", above=0)
     mode: str = option("lambda", "what is learned (official)", choices=("lambda", "time"))
     schedule: str | None = option(None, "grid to start from (default: logsnr; time: uniform)")
     objective: str = option("soft", "do training latents move?", choices=("soft", "hard"))
@@ -147,6 +145,7 @@ class Config(Options):
     lr2: float | None = option(None, "theta2, SGD, by 1 / N (official: 0.1)", above=0)
     lr_latent: float | None = option(None, "of latents, by 1 / N (official: 12)", above=0)
     radius: float = option(0.001, "of the ball, times H W C / N^2 (official)", low=0)
+    export: str | None = option(None, "folder for diffusers: the grid as a scheduler of its own")
     checkpoint: bool = option(False, "recompute evaluations in the backward pass")
 
     def __post_init__(self):
@@ -161,6 +160,7 @@ class Config(Options):
         self.distance = self.distance or ("lpips" if found else "features")
         start = self.grid("logsnr" if self.mode == "lambda" else "uniform")
         self.start = load_schedule(self.schedule, start) if self.schedule else (start, start)
+        check_export(self)
 
     def grid(self, kind):
         return sigma_grid(kind, self.n, self.sigma_min, self.sigma_max)
@@ -293,6 +293,7 @@ def main():
         save_schedule(run.out / "schedule.json", *grids["ld3"], **about)
     elif config.schedule:
         grids["ld3"] = config.start
+    export_grid(config, teacher, *grids.get("ld3", (None, None)))
 
     solver = partial(SOLVERS[config.solver], order=config.order)
 

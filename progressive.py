@@ -27,22 +27,22 @@ DDIM 0.67, 2.3, 19, 105. More: RESULTS.md
     python progressive.py --dataset cifar10       # one GPU
 """
 import copy
-import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from common import UsageError
 from common.datasets import Stream, load_dataset
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
-from common.machinery.files import load_checkpoint, save_checkpoint
-from common.machinery.options import TrainingOptions, cli, complete, option, parse_config, require
+from common.machinery.files import save_checkpoint
+from common.machinery.options import (
+    DistillationOptions, cli, complete, option, parse_config, require,
+)
 from common.machinery.plots import save_fid_curves, save_rows
 from common.machinery.run import Run
 from common.solvers import euler, heun
-from common.teacher import check_classes, load_teacher, save_teacher
+from common.teacher import check_classes, load_student, load_teacher, save_teacher
 
 # ------------------------------------------------------------------------------------ the method
 
@@ -126,17 +126,13 @@ def plan(first, last, updates):
 
 
 @dataclass
-class Config(TrainingOptions):
-    teacher: str | None = option(
-        None, "teacher checkpoint, or an earlier student-N.pt (default: the data set's own)"
-    )
+class Config(DistillationOptions):
     from_steps: int | None = option(
         None, "steps of the teacher's sampler (official: CIFAR-10 8192, ImageNet-64 1024)", low=1
     )
     to_steps: int = option(
         1, "steps of the last student: --from-steps over a power of 2 (paper: 1)", low=1
     )
-    sigma_max: float = option(80.0, "highest noise level (EDM)", above=1, below=math.inf)
     prediction: str = option(
         "edm", "what the student's network predicts", choices=("edm", "x", "v", "eps")
     )
@@ -192,10 +188,13 @@ SMOKE = dict(from_steps=4, updates=2, batch_size=4, eval_n=32, eval_batch=32)
 def make_student(teacher, prediction="edm"):
     """A trainable copy of the teacher. In eval mode: distillation is without dropout."""
     student = copy.deepcopy(teacher)
-    if prediction != "edm":
+    if prediction != "edm" and teacher.arch == "diffusers":
+        student.predict(prediction)
+    elif prediction != "edm":
+        require(type(teacher) is Denoiser, "prediction", prediction, "this teacher is a flow")
         device = next(student.parameters()).device
         student = Predicts(student.net, student.sigma_data, prediction).to(device)
-    if prediction in ("v", "eps"):  # the sign of the noise; EDM's network has that of x0
+    if type(student) is Predicts and prediction != "x":  # the noise's sign; EDM's has x0's
         net = student.net
         last = net.out_conv if net.family.out_head else list(net.dec.values())[-1]
         for parameter in last.parameters():
@@ -204,8 +203,8 @@ def make_student(teacher, prediction="edm"):
 
 
 def save_student(path, student, teacher, dataset, prediction="edm"):
-    """student-N.pt; with EDM's prediction it is a teacher for any script."""
-    if prediction == "edm":
+    """student-N.pt; with EDM's prediction it is a teacher for any script. diffusers: a folder."""
+    if prediction == "edm" or teacher.arch == "diffusers":
         save_teacher(path, student, teacher.arch, teacher.kwargs, dataset)
     else:
         kind = f"{prediction}-predicting student"
@@ -215,12 +214,7 @@ def save_student(path, student, teacher, dataset, prediction="edm"):
 def read_student(path, teacher, prediction="edm"):
     """A frozen student on the teacher's device. Raises UsageError if the file holds none."""
     kind = "teacher" if prediction == "edm" else f"{prediction}-predicting student"
-    student, state = make_student(teacher, prediction), load_checkpoint(path, kind)
-    try:
-        student.load_state_dict(state["weights"])
-    except RuntimeError:
-        raise UsageError(f"{path}: the weights of a student of another teacher") from None
-    return student.requires_grad_(False)
+    return load_student(path, make_student(teacher, prediction), kind)
 
 
 def stages_of(config):

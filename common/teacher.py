@@ -21,7 +21,9 @@ from common import UsageError, unet
 from common.datasets import ASSETS, Stream, fingerprint, load_dataset, shape_of
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
+from common.machinery.diffusers_teachers import is_diffusers, load_diffusers
 from common.machinery.files import cache_dir, load_checkpoint, save_checkpoint
+from common.machinery.flow_teachers import FlowDenoiser, flow_state
 from common.machinery.options import (
     TrainingOptions,
     cli,
@@ -48,28 +50,37 @@ PUBLIC = {  # where none was trained here
 def save_teacher(path, denoiser, arch, kwargs, dataset, half=False):
     """Write what `load_teacher` reads: the constructor's arguments and the weights (`half`: fp16).
 
-    A student of the same shape as its teacher is written with `teacher.arch, teacher.kwargs`.
+    A student of the same shape as its teacher is written with `teacher.arch, teacher.kwargs`; a
+    model of diffusers into a folder, of that name without its suffix.
     """
+    if arch == "diffusers":
+        return denoiser.save(path)
     weights = denoiser.state_dict()
     if half:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     state = {"arch": arch, "kwargs": kwargs, "sigma_data": denoiser.sigma_data}
+    if isinstance(denoiser, FlowDenoiser):
+        state["flow"] = {"phi": denoiser.phi}
     save_checkpoint(path, "teacher", {**state, "dataset": dataset, "weights": weights})
 
 
 def read_teacher(path):
-    """A file written by `save_teacher` -> Denoiser on the CPU. Raises UsageError."""
+    """A file of `save_teacher`, or cud.py's checkpoint -> Denoiser on the CPU, or UsageError."""
     state = load_checkpoint(path)
-    if state["fewstep"] != "teacher":
+    if state["fewstep"] == "cud":
+        state = flow_state(state, path)
+    elif state["fewstep"] != "teacher":
         kind = state["fewstep"]
         raise UsageError(f"--teacher {path}: this is a {kind} checkpoint, not a teacher")
     return _build(state, path)
 
 
 def _build(state, path):
-    """{"arch", "kwargs", "sigma_data", "weights"} -> Denoiser; every name and shape must fit."""
+    """{"arch", "kwargs", "sigma_data" or "flow", "weights"} -> Denoiser; all must fit."""
     try:
-        denoiser = Denoiser(ARCHS[state["arch"]](**state["kwargs"]), state["sigma_data"])
+        net = ARCHS[state["arch"]](**state["kwargs"])
+        flow = state.get("flow")
+        denoiser = FlowDenoiser(net, **flow) if flow else Denoiser(net, state["sigma_data"])
         denoiser.load_state_dict(state["weights"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -80,6 +91,21 @@ def _build(state, path):
     return denoiser
 
 
+def load_student(path, student, kind="teacher"):
+    """`student` with the weights that `save_teacher` wrote to `path`, frozen.
+
+    Raises UsageError: no such file, another `kind` of checkpoint, weights of another network.
+    """
+    if getattr(student, "arch", None) == "diffusers":
+        student.load(path)
+    else:
+        try:
+            student.load_state_dict(load_checkpoint(path, kind)["weights"])
+        except RuntimeError:
+            raise UsageError(f"{path}: the weights of a student of another teacher") from None
+    return student.requires_grad_(False)
+
+
 def teacher_path(dataset, data_dir=None):
     """Where the teacher trained here on `dataset` is cached."""
     return cache_dir() / f"{dataset}{fingerprint(dataset, data_dir)}-teacher.pt"
@@ -88,9 +114,10 @@ def teacher_path(dataset, data_dir=None):
 def load_teacher(spec, dataset, device, data_dir=None):
     """One call gives a teacher: a frozen `Denoiser` on `device`, in eval mode.
 
-    spec: path of a checkpoint of `common.teacher`; or path, URL or short name of a public EDM .pkl,
-    which is never executed; or None: the shipped teacher, else the one trained and cached here,
-    else the public one. Raises UsageError when there is none, saying how to get it, or when its
+    spec: path of a checkpoint of `common.teacher`, of a student's, or of cud.py's; or path, URL or
+    short name of a public EDM .pkl, which is never executed; or a folder or a hub name of a model
+    of diffusers; or None: the shipped teacher, else the one trained and cached here, else the
+    public one. Raises UsageError when there is none, saying how to get it, or when its
     images have another shape than the data set's.
     """
     if spec is None:
@@ -104,7 +131,7 @@ def load_teacher(spec, dataset, device, data_dir=None):
             )
     if is_public(spec):
         spec = _converted(spec, dataset)
-    denoiser = read_teacher(spec)
+    denoiser = load_diffusers(spec) if is_diffusers(spec) else read_teacher(spec)
     shape = denoiser.net.img_shape
     if dataset != "folder" or data_dir:
         right = tuple(shape_of(dataset, data_dir))

@@ -17,6 +17,7 @@ import dode
 from common import UsageError
 from common.diffusion import Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
 from common.machinery.run import Run
+from common.machinery.schedule import save_schedule
 from common.solvers import TWO_EVALUATIONS, euler, heun, ipndm
 from common.teacher import load_teacher
 from common.unet import ddpmpp
@@ -739,6 +740,30 @@ def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_
     )
 
 
+def test_the_grid_may_be_one_that_ld3_learned(tmp_path, monkeypatch):
+    """Scalars of every solver, and the plain ones, on the levels of its schedule.json."""
+    sigmas = torch.tensor([80, 9, 2, 0.3, 0.002], dtype=torch.float64)
+    save_schedule(tmp_path / "schedule.json", sigmas, sigmas)
+    arguments = ("--smoke", "--nfe", 4, "--solver", "ddim", "deis2", "--out", tmp_path)
+    run_script(dode, monkeypatch, *arguments, "--schedule", tmp_path / "schedule.json")
+    entries = json.loads((tmp_path / "lambdas.json").read_text())["solvers"]
+    assert [e["sigmas"] for e in entries] == 2 * [sigmas.tolist()]
+    rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    found = {row["name"]: row["rmse_to_teacher"] for row in rows}
+    teacher, x = load_teacher(None, "digits", "cpu"), 80 * noise_from_seeds(range(32), (1, 8, 8))
+    with torch.no_grad():
+        reference = heun(teacher, x, sigma_grid("edm", 4))
+        for name, x0 in (
+            ("ddim", euler(teacher, x, sigmas)), ("ab2", ipndm(teacher, x, sigmas, order=2))
+        ):
+            rmse = (x0 - reference).square().mean().sqrt().item()
+            assert found[name] == pytest.approx(rmse, rel=1e-4)
+    # Read back by --lambdas, with the same grid alone.
+    again = ("--lambdas", tmp_path / "lambdas.json", "--schedule", tmp_path / "schedule.json")
+    run_script(dode, monkeypatch, *arguments[:-1], tmp_path / "again", *again)
+    assert rows == json.loads((tmp_path / "again" / "metrics.json").read_text())["results"]
+
+
 def entry_of(solver="ddim", nfe=4, **changes):
     sigmas = dode.student_grid(dode.Config(), solver, nfe).tolist()
     return {
@@ -758,6 +783,8 @@ FILES = {
     "GRID": {"output": "x0", "solvers": [entry_of(sigmas=sigma_grid("logsnr", 4).tolist())]},
     "SHORT": {"output": "x0", "solvers": [entry_of(lambdas=[0.1] * 3)]},
     "NAN": {"output": "x0", "solvers": [entry_of(lambdas=[0.1, 0.1, float("nan"), 0.1])]},
+    "DECOUPLED": {"sigmas": [80, 9, 2, 1, 0.002], "sigmas_net": [80, 8, 2, 1, 0.002]},
+    "COUPLED": {"sigmas": [80, 9, 2, 1, 0.002], "sigmas_net": [80, 9, 2, 1, 0.002]},
     "LIST": [1, 2],
     "WORDS": {"output": "x0", "solvers": [entry_of(lambdas=["a", "b", "c", "d"])]},
 }
@@ -802,6 +829,10 @@ FILES = {
             ["--lambdas", "SHORT", "has", "3 finite lambdas", "needs", "4 finite lambdas"],
         ),
         (["--lambdas", "EPS"], ["--lambdas", "EPS", "--output eps", "--output x0"]),
+        (["--schedule", "nowhere.json", "--nfe", "4"], ["--schedule nowhere.json"]),
+        (["--schedule", "DECOUPLED", "--nfe", "4"], ["--schedule", "--times coupled"]),
+        (["--schedule", "COUPLED", "--nfe", "4"], ["5 levels", "needs 3", "heun", "--solver"]),
+        (["--schedule", "COUPLED", "--nfe", "5", "--solver", "ddim"], ["5 levels", "needs 6"]),
         *EVERYWHERE,
     ],
 )

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+import cud
+import progressive
 from common import UsageError, teacher
 from common.datasets import load_dataset, to_float
 from common.diffusion import Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
@@ -189,6 +191,40 @@ def test_saved_teacher_reads_back_in_both_precisions(tmp_path):
         assert not any(p.requires_grad for p in read.parameters())
         torch.testing.assert_close(read(x, 1.3), denoiser(x, 1.3), rtol=0, atol=tolerance or 1e-6)
     assert weights(tmp_path / "t.pt")["model.enc.8x8_conv.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("options", [dict(shakedrop=True, phi=0.2, conditional=True), {}])
+def test_the_velocity_of_cud_is_a_teacher(tmp_path, options):
+    """Its checkpoint as D = z - t v(z, t), with z = x / (1 + sigma), t = sigma / (1 + sigma)."""
+    given = dict(TINY, independent=True, distill_steps=1, distill_n=8, steps=1, out=str(tmp_path))
+    config = cud.Config(**given, rk="23", **options)
+    nets = cud.train(config)
+    path = tmp_path / "checkpoint.pt"
+    saved, generator = load_checkpoint(path), torch.Generator().manual_seed(0)
+    for weights in saved["parts"]["emas"].values():  # not as small as at the start
+        weights += 0.1 * torch.randn(weights.shape, generator=generator)
+    save_checkpoint(path, "cud", {k: v for k, v in saved.items() if k != "fewstep"})
+    nets.load_state_dict(saved["parts"]["emas"])
+    denoiser = teacher.load_teacher(path, "digits", torch.device("cpu"))
+    assert denoiser.net.label_dim == 10 * config.conditional
+    x, labels = noise_from_seeds(range(4), (1, 8, 8)), torch.tensor([3, 1, 4, 1])
+    x, sigma = 3 * x, torch.tensor([0.01, 0.5, 3.0, 80.0], dtype=torch.float64)
+    s = sigma.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        v = nets["cud"](x / (1 + s), sigma / (1 + sigma), labels=labels)[0]
+        expected = x / (1 + s) - s / (1 + s) * v
+        torch.testing.assert_close(denoiser(x, sigma, labels), expected, rtol=0, atol=1e-5)
+        one = denoiser(x[2:3], 3.0, labels[2:3])
+        torch.testing.assert_close(one, expected[2:3], rtol=0, atol=1e-5)
+
+        # Its students are flows as well.
+        student = progressive.make_student(denoiser)
+        file = tmp_path / "student.pt"
+        teacher.save_teacher(file, student, denoiser.arch, denoiser.kwargs, "digits")
+        read = teacher.load_teacher(file, "digits", torch.device("cpu"))
+        torch.testing.assert_close(read(x, sigma, labels), expected, rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match="--prediction v: this teacher is a flow"):
+        progressive.make_student(denoiser, "v")
 
 
 def test_what_is_no_teacher_is_refused(tmp_path, monkeypatch):

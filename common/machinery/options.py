@@ -1,6 +1,7 @@
 """Command line <-> dataclass: a field is a flag; its help, choices and range stand beside it."""
 import argparse
 import dataclasses
+import math
 import sys
 import typing
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import torch
 
 from common import UsageError
+from common.machinery.diffusers_teachers import is_diffusers, sigma_range
 from common.machinery.ranks import leave_group
 
+EDM_RANGE = (0.002, 80.0)  # sigma_min, sigma_max
 DATASETS = ("digits", "mnist", "cifar10", "imagenet64", "folder")
 
 
@@ -79,6 +82,21 @@ class Options:
 
 
 @dataclasses.dataclass
+class SolverOptions(Options):
+    """Those of a script that learns how to sample from a teacher."""
+
+    teacher: str | None = option(
+        None, "a checkpoint, an EDM .pkl, a model of diffusers (default: the data set's own)"
+    )
+    sigma_min: float | None = option(
+        None, "lowest noise level (default: EDM's 0.002, or of the teacher's training)", above=0
+    )
+    sigma_max: float | None = option(
+        None, "highest noise level (default: EDM's 80, or of the teacher's training)", above=0
+    )
+
+
+@dataclasses.dataclass
 class TrainingOptions(Options):
     """Those of a script that trains a network."""
 
@@ -89,6 +107,19 @@ class TrainingOptions(Options):
         False, "recompute blocks in the backward pass: less memory, a third more time"
     )
     compile: bool = option(False, "torch.compile the networks")
+
+
+@dataclasses.dataclass
+class DistillationOptions(TrainingOptions):
+    """Those of a script that trains a copy of the teacher."""
+
+    teacher: str | None = option(
+        None, "a checkpoint, an EDM .pkl, a model of diffusers (default: the data set's own)"
+    )
+    sigma_max: float | None = option(
+        None, "highest noise level (default: EDM's 80, or of the teacher's training)",
+        above=1, below=math.inf,
+    )
 
 
 def require(condition, option_name, value, right):
@@ -107,6 +138,11 @@ def complete(config, presets, smoke):
         raise UsageError(f"--dataset {config.dataset}: choose one of {', '.join(presets)}")
     for name, value in {**presets[config.dataset], **(smoke if config.smoke else {})}.items():
         if getattr(config, name) is None:
+            setattr(config, name, value)
+    teacher = getattr(config, "teacher", None)
+    known = sigma_range(teacher) if teacher and is_diffusers(teacher) else EDM_RANGE
+    for name, value in zip(("sigma_min", "sigma_max"), known):
+        if getattr(config, name, value) is None:
             setattr(config, name, value)
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):

@@ -88,7 +88,7 @@ class Run:
 
     # Options that a continued run may change: where it is, its memory, how results are measured.
     MAY_CHANGE = (
-        "out", "resume", "device", "data_dir", "batch_per_gpu", "checkpoint", "compile",
+        "out", "export", "resume", "device", "data_dir", "batch_per_gpu", "checkpoint", "compile",
         "eval_n", "eval_batch", "inception", "reference", "recall",
     )
 

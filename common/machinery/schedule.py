@@ -14,7 +14,7 @@ def save_schedule(path, sigmas, sigmas_net, **about):
         save_json(path, {"method": "ld3", **about, **grids})
 
 
-def load_schedule(path, example):
+def load_schedule(path, example, hint=""):
     """sigmas, sigmas_net of a schedule.json, float64, as many as in the grid `example`.
 
     Raises UsageError if it is none, or if its length or ends are not those of `example`.
@@ -25,5 +25,14 @@ def load_schedule(path, example):
     fits = sigmas.shape == sigmas_net.shape == example.shape
     fits = fits and torch.allclose(sigmas[[0, -1]], example[[0, -1]])
     found, needed = (f"{len(s)} levels from sigma {s[0]:g} to {s[-1]:g}" for s in (sigmas, example))
-    require(fits, "schedule", path, f"has {found}; this run needs {needed}")
+    require(fits, "schedule", path, f"has {found}; this run needs {needed}{hint}")
     return sigmas, sigmas_net
+
+
+def coupled_schedule(path, example):
+    """sigmas of a schedule.json whose sigmas_net are the same. Raises UsageError as above."""
+    hint = ": with dpm2 and heun of half as many steps, leave them out of --solver"
+    sigmas, sigmas_net = load_schedule(path, example, hint)
+    right = "its sigmas_net are not its sigmas; learn it with --times coupled"
+    require(torch.equal(sigmas, sigmas_net), "schedule", path, right)
+    return sigmas
