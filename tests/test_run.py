@@ -70,6 +70,7 @@ def test_a_run_leaves_its_metrics_and_its_log(tmp_path, capsys, monkeypatch):
     assert 10 <= metrics["seconds"] < 70 and 10 < metrics["peak_memory_mb"] < 1e6
     printed = capsys.readouterr().out
     assert "fid [classifier, n=10]" in printed  # the table, and where things lie
+    assert "mean nothing" not in printed
     assert f"results in {run.out}: metrics.json, samples.png" in printed
     assert [(x["step"], x["loss"]) for x in logged(run.out)] == [(1, 0.5), (2, 0.25)]
     assert all(x["seconds"] >= 0 for x in logged(run.out))
@@ -204,12 +205,14 @@ def test_the_results_table_has_the_space_of_recall(tmp_path, capsys):
     space = {"precision": 0.5, "recall": 0.75, "precision_recall_features": "x", "fid_n": 9}
     run = make(tmp_path)
     capsys.readouterr()
+    run.config.smoke = True
     run.finish([{**row, **space}])
     lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == [
         *("name", "nfe", "rmse_to_teacher", "precision [x, n=9]", "recall [x, n=9]")
     ]
     assert lines[1] == ["a", "1", "0.25", "0.5", "0.75"]
+    assert lines[2] == ["--smoke tries the path only: these numbers mean nothing"]
 
 
 # ------------------------------------------------------------------------ stop and resume
@@ -287,6 +290,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, number, capsys):
     assert signal.getsignal(number) == before
     steps = [line["step"] for line in logged(tmp_path / "halves")]
     assert steps == sorted(set(steps)) and steps[0] == 0 and steps[-1] == 8  # the log goes on, too
+
+
+@pytest.mark.parametrize(
+    "second,stops", [(signal.SIGINT, "at once"), (signal.SIGTERM, "after the step")]
+)
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, second, stops, capsys):
+    """torchrun sends SIGTERM after a Ctrl-C: it must not spoil the saving."""
+    run = make(tmp_path)
+    run.resume()
+    before, reached = signal.getsignal(signal.SIGINT), False
+    with pytest.raises(KeyboardInterrupt if stops == "at once" else SystemExit):
+        for _ in run.steps(3):
+            run.loss = torch.zeros(())
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "stopping after this step" in capsys.readouterr().out
+            os.kill(os.getpid(), second)
+            reached = True
+    assert reached == (stops == "after the step") == (tmp_path / "checkpoint.pt").exists()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 PHASES = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]

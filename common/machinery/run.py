@@ -201,15 +201,21 @@ class Run:
         Behind a progress bar that shows `run.loss` about once a second (read only then: the device
         never waits). Checkpoints every `checkpoint_seconds`, less often if that would take more
         than a twentieth of the time, and at the end. SIGINT or SIGTERM on any rank: all finish the
-        step, save and exit with code 130. A loss that is not finite stops the run.
+        step, save and exit with code 130; a second Ctrl-C stops at once. A loss that is not finite
+        stops the run.
         """
         begin, self.planned = self.planned, self.planned + count
         last, stop = self.planned, []
         first = min(max(begin, self.done), last)
-        handlers = {
-            number: signal.signal(number, lambda number, frame: stop.append(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+
+        def interrupt(number, frame):
+            if number == signal.SIGINT and number in stop:  # torchrun adds a SIGTERM to Ctrl-C
+                raise KeyboardInterrupt
+            stop.append(number)
+            self.say("\nstopping after this step; Ctrl-C again: at once, without saving it")
+
+        numbers = signal.SIGINT, signal.SIGTERM
+        handlers = {number: signal.signal(number, interrupt) for number in numbers}
         bar = tqdm(
             total=count, initial=first - begin, desc=what, disable=self.rank > 0, file=sys.stderr,
             **BAR,
@@ -357,6 +363,8 @@ class Run:
             },
         )
         self.say(table(results, ["name", "nfe", "rmse_to_teacher", *METRICS]))
+        if self.config.smoke:
+            self.say("--smoke tries the path only: these numbers mean nothing")
         kinds = (".json", ".png", ".pt")
         files = sorted(file.name for file in self.out.iterdir() if file.suffix in kinds)
         self.say(f"{self.seconds():.0f} s; results in {self.out}: {', '.join(files)}")
