@@ -18,6 +18,7 @@ from common import UsageError, unet
 from common.datasets import Stream, fingerprint, load_dataset, shape_of
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
+from common.machinery.claims import check_network
 from common.machinery.files import cache_dir, load_checkpoint, save_checkpoint
 from common.machinery.options import (
     TrainingOptions,
@@ -27,6 +28,7 @@ from common.machinery.options import (
     parse_config,
     require,
 )
+from common.machinery.pickles import one_line
 from common.machinery.plots import save_rows
 from common.machinery.public_teachers import convert_public, is_public
 from common.machinery.run import Run
@@ -63,16 +65,19 @@ def read_teacher(path):
     return _build(state, path)
 
 
-def _build(state, path):
-    """{"arch", "kwargs", "sigma_data", "weights"} -> Denoiser; every name and shape must fit."""
+def _check(state, path):
+    """UsageError unless {"arch", "kwargs", "sigma_data", "weights"} fit, by name, shape, value."""
     try:
-        denoiser = Denoiser(ARCHS[state["arch"]](**state["kwargs"]), state["sigma_data"])
-        denoiser.load_state_dict(state["weights"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"--teacher {path}: its weights do not fit its architecture ({reason})"
-        ) from None
+        check_network(lambda **kwargs: Denoiser(ARCHS[state["arch"]](**kwargs)), state)
+    except Exception as error:  # a foreign or damaged file claims anything
+        raise UsageError(f"--teacher {path}: not a usable teacher, {one_line(error)}") from None
+
+
+def _build(state, path):
+    """What `_check` takes -> Denoiser."""
+    _check(state, path)
+    denoiser = Denoiser(ARCHS[state["arch"]](**state["kwargs"]), state["sigma_data"])
+    denoiser.load_state_dict(state["weights"])
     denoiser.arch, denoiser.kwargs = state["arch"], state["kwargs"]
     return denoiser
 
@@ -99,7 +104,7 @@ def load_teacher(spec, dataset, device, data_dir=None):
                 f"--teacher: no teacher for {dataset} yet (looked for {trained}); train one with "
                 f"`python -m common.teacher --dataset {dataset}{where}`, or give --teacher PATH"
             )
-    denoiser = read_teacher(convert_public(spec, _build) if is_public(spec) else spec)
+    denoiser = read_teacher(convert_public(spec, _check) if is_public(spec) else spec)
     shape = denoiser.net.img_shape
     if dataset != "folder" or data_dir:
         right = tuple(shape_of(dataset, data_dir))
