@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from common.machinery.pickles import (
     PERSISTENT,
@@ -83,12 +84,12 @@ WHOLE = {  # argument of UNet -> the least and the most that is believed
     "img_channels": (1, 2**10),
     "label_dim": (0, 2**20),
     "augment_dim": (0, 2**16),
-    "model_channels": (1, 2**16),
-    "channel_mult_emb": (1, 2**8),
-    "channel_mult_noise": (1, 2**8),
+    "model_channels": (1, 2**14),
+    "channel_mult_emb": (1, 2**6),
+    "channel_mult_noise": (1, 2**6),
     "num_blocks": (1, 2**10),
 }
-WHOLE_LISTS = {"channel_mult": (1, 2**8), "attn_resolutions": (1, 2**12)}
+WHOLE_LISTS = {"channel_mult": (1, 2**6), "attn_resolutions": (1, 2**12)}
 SHARES = ("dropout", "label_dropout")
 WORDS = ("embedding_type", "encoder_type")
 LEVELS = 12  # of a resolution of 4096
@@ -130,6 +131,18 @@ def _whole(value, low, high):
     return type(value) is int and low <= value <= high
 
 
+class _WithoutMemory(TorchFunctionMode):
+    """Weights without values. `with torch.device("meta")` would import a thousand modules."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function is torch.empty:
+            kwargs["device"] = "meta"
+        if function is torch.nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
 def check_shapes(make, kwargs, shapes):
     """Refused unless make(**kwargs), a module, has weights of these `shapes`, {name: (...)}.
 
@@ -140,7 +153,7 @@ def check_shapes(make, kwargs, shapes):
     blocks = len(sizes[0]) * (2 * sizes[1] + 1)
     if blocks > len(shapes):
         raise Refused(f"it claims {blocks} blocks, with {len(shapes)} weights")
-    with torch.device("meta"):
+    with torch.random.fork_rng([]), _WithoutMemory():
         net = make(**kwargs)
     needed = {name: tuple(weight.shape) for name, weight in net.state_dict().items()}
     for name in sorted(needed.keys() | shapes.keys()):

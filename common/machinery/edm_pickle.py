@@ -6,7 +6,6 @@ network's weights and its constructor's arguments are picked from these, and eac
 The weights together may not take more memory than the file has bytes.
 """
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from common.machinery.pickles import (
     PERSISTENT,
     STORAGES,
     TENSOR,
+    U8,
     Machine,
     Record,
     Refused,
@@ -112,7 +112,7 @@ def _storage(record):
     code, _, count = storage_claim(machine.load())
     machine.load()
     values = machine.data[machine.at + 8 :]
-    if machine.number("<q") != count or len(values) != count * np.dtype(code).itemsize:
+    if machine.number(U8) != count or len(values) != count * np.dtype(code).itemsize:
         raise Refused(f"a storage of {count} values has {len(values)} bytes")
     return code, values
 
