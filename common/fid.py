@@ -221,7 +221,7 @@ def load_moments(path, extractor):
         ) from None
     if (mu.shape, cov.shape) != ((extractor.dim,), (extractor.dim, extractor.dim)):
         raise UsageError(
-            f"--reference {path}: moments of {len(mu)} features, "
+            f"--reference {path}: moments of {mu.size} features, "
             f"{extractor.name} has {extractor.dim}"
         )
     size = np.abs(cov).max()

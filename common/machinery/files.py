@@ -195,6 +195,8 @@ def read_numbers(path, option, what, names):
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UsageError(f"--{option} {path}: not {what} ({reason})") from None
     for name, tensor in zip(names, tensors):
+        if tensor.ndim != 1 or not len(tensor):
+            raise UsageError(f"--{option} {path}: `{name}` is not a list of numbers")
         if not tensor.isfinite().all():
             raise UsageError(f"--{option} {path}: `{name}` has values that are not finite")
     return tensors

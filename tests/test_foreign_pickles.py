@@ -1,4 +1,4 @@
-"""Files from strangers: whatever is in them, a reader refuses in one line, soon, in little memory.
+"""Public checkpoints from strangers: refused in one line, soon and in little memory.
 
 Every hostile file is made here. Each is read in a process of its own (tests/guarded.py), where a
 crash, a hang or a bomb shows.
@@ -11,7 +11,6 @@ import os
 import pickle
 import pickletools
 import random
-import struct
 import subprocess
 import sys
 import types
@@ -30,6 +29,7 @@ from edm_files import (
     tensor_of,
 )
 from guarded import guarded, one_line_refusal
+from opcodes import doubled, doubled_tuple, pickled, text
 
 from common import UsageError, unet
 from common.diffusion import Denoiser
@@ -51,17 +51,9 @@ def cache(tmp_path, monkeypatch):
 HERE = "@@HERE@@"
 
 
-def text(words):
-    return b"X" + struct.pack("<I", len(words.encode())) + words.encode()
-
-
 def body(value):
     """A value's opcodes in protocol 2, which can stand one after the other."""
     return dump(value, 2)[2:-1]
-
-
-def pickled(code):
-    return b"\x80\x02" + code + b"."
 
 
 def edm(arch="ddpmpp", **more):
@@ -102,24 +94,6 @@ def claim(name, claimed, **more):
 
 def planted_claim(name, code):
     return planted(code, lambda value: network(value)._init_kwargs.update({name: HERE}))
-
-
-def doubled(n=40):
-    """A tuple of n + 1 lists, each of which is two times the one before; the last has 2^n items."""
-    index = lambda i: struct.pack("<I", 10**6 + i)
-    code = b"(]r" + index(0)
-    for i in range(n):
-        code += b"](j" + index(i) + b"j" + index(i) + b"er" + index(i + 1)
-    return code + b"t"
-
-
-def doubled_tuple(n=40):
-    """A tuple of n + 1 tuples; a hash of the last would take 2^n steps."""
-    index = lambda i: struct.pack("<I", 10**6 + i)
-    code = b"()r" + index(0)
-    for i in range(n):
-        code += b"j" + index(i) + b"j" + index(i) + b"\x86r" + index(i + 1)
-    return code + b"t"
 
 
 def in_a_storage(code):
@@ -319,7 +293,8 @@ MORE = {
     "a filter of 3": (lambda: claim("resample_filter", [1, 1, 1]), "2, 4, 6 or 8"),
     "resolution 10^12": (lambda: claim("img_resolution", 10**12), "img_resolution is 10000"),
     "13 levels": (lambda: claim("channel_mult", [1] * 13), "at most 12"),
-    "an odd resolution": (lambda: claim("img_resolution", 17, channel_mult=[1, 2]), "cannot be halved"),
+    "an odd resolution": (
+        lambda: claim("img_resolution", 17, channel_mult=[1, 2]), "cannot be halved"),
     "sigma_data 0": (lambda: sigma_data(0.0), "sigma_data"),
     "sigma_data 10^600": (lambda: sigma_data(10**600), "edm.pkl"),
     "a shape of 10^5 axes": (lambda: weight_of((1,) * 10**5, (1,) * 10**5), "a tensor that is"),
