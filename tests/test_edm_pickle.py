@@ -54,14 +54,36 @@ def written(tmp_path, value, name="edm.pkl"):
 # -------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
+def relaid(module, layout):
+    """The weights of a Persistent module and of all below it, in another type or order."""
+    changes = {
+        "float32": lambda w: w,
+        "float16": lambda w: w.half(),
+        "float64": lambda w: w.double(),
+        "channels_last": lambda w: w.to(memory_format=torch.channels_last) if w.ndim == 4 else w,
+        "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1) if w.ndim > 1 else w,
+    }
+    for part in (module, *module._modules.values()):
+        if part is not module:
+            relaid(part, layout)
+        for weights in (part._parameters, part._buffers):
+            for name, weight in weights.items():
+                if weight is not None:
+                    weights[name] = nn.Parameter(changes[layout](weight.detach()), False)
+
+
+@pytest.mark.parametrize("protocol,layout", [(2, "float32"), (4, "float16")])
 @pytest.mark.parametrize("label_dim,augment_dim", [(0, 9), (10, 0)])
 @pytest.mark.parametrize("arch", NETS)
 def test_a_genuine_pickle_gives_the_same_denoiser(
-    arch, label_dim, augment_dim, protocol, tmp_path, cache
+    arch, label_dim, augment_dim, protocol, layout, tmp_path, cache
 ):
     more = {"model_channels": 64, "channel_mult": [1, 1]} if arch == "adm" else {}
     value, original = edm_object(arch, label_dim, augment_dim, **more)
+    relaid(value["ema"], layout)
+    if layout == "float16":
+        original.half().float()
+    original.to(memory_format=torch.channels_last)  # as the teacher is, for the last digits
     path = written(tmp_path, dump(value, protocol))
     x, sigma = torch.randn(3, 3, 16, 16), torch.tensor([0.01, 1.0, 70.0])
     labels = torch.tensor([1, 0, 9]) if label_dim else None
@@ -69,7 +91,7 @@ def test_a_genuine_pickle_gives_the_same_denoiser(
         expected = original(x, sigma, labels)
     for _ in range(2):  # the second time from the copy in our own format
         loaded = load_teacher(path, "folder", CPU)
-        torch.testing.assert_close(loaded(x, sigma, labels), expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(loaded(x, sigma, labels), expected, rtol=0, atol=2e-6)
         assert loaded.arch == arch
         assert loaded.net.label_dim == label_dim and loaded.net.augment_dim == augment_dim
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
@@ -77,6 +99,21 @@ def test_a_genuine_pickle_gives_the_same_denoiser(
     assert len(copies) == 1
     copy = load_teacher(str(copies[0]), "folder", CPU)
     assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), original.parameters()))
+
+
+@pytest.mark.parametrize("protocol", [3, 5])
+@pytest.mark.parametrize("layout", ["float64", "channels_last", "transposed"])
+@pytest.mark.parametrize("arch", NETS)
+def test_weights_in_any_dense_order_are_read(arch, layout, protocol, tmp_path, cache):
+    more = {"model_channels": 64, "channel_mult": [1, 1]} if arch == "adm" else {}
+    value, original = edm_object(arch, 10, 9, **more)
+    relaid(value["ema"], layout)
+    if layout != "float64":
+        weights = value["ema"]._modules["model"]._modules["map_layer0"]._parameters
+        assert weights["weight"].is_contiguous() == (layout == "channels_last")
+    found = read_edm_pickle(written(tmp_path, dump(value, protocol)))["weights"]
+    for name, weight in original.state_dict().items():
+        assert torch.equal(found[name].float(), weight) and found[name].is_contiguous()
 
 
 def test_all_five_public_configurations_fit_strictly(cache, monkeypatch):
