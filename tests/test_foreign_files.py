@@ -22,6 +22,7 @@ from common import UsageError, unet
 from common.datasets import load_dataset
 from common.diffusion import Denoiser
 from common.fid import load_moments
+from common.machinery.claims import check_shapes
 from common.machinery.files import load_checkpoint, save_checkpoint
 from common.machinery.schedule import load_schedule
 from common.teacher import load_teacher
@@ -81,7 +82,7 @@ OURS = {
     "an argument of another type": (claims(dropout=[0.1]), "dropout is a list"),
     "a tensor as argument": (claims(num_blocks=torch.tensor(1)), "num_blocks is a Tensor"),
     "no arguments": (without("kwargs"), "its arguments are a NoneType"),
-    "no weights": (without("weights"), "its weights are a NoneType"),
+    "no weights": (without("weights"), "with 0 weights"),
     "no kind": (without("arch"), "not a usable teacher"),
     "an unknown kind": (lambda s: s.update(arch="dit"), "not a usable teacher"),
     "a list of kinds": (lambda s: s.update(arch=["ddpmpp"]), "not a usable teacher"),
@@ -165,6 +166,17 @@ def test_other_files_as_checkpoints(tmp_path):
         one_line_refusal(lambda: read(write(tmp_path, data, f"{name}.pt")), name)  # noqa: B023
     torch.save({"fewstep": "teacher"}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     one_line_refusal(lambda: read(str(tmp_path / "old.pt")), "old.pt: not a checkpoint")
+
+
+@pytest.mark.parametrize("make", [unet.ddpmpp, unet.ncsnpp, unet.adm])
+def test_a_claim_is_checked_without_random_draws(make):
+    """Else a teacher's file would change the run that reads it."""
+    kwargs = dict(img_resolution=8, img_channels=1, model_channels=64, channel_mult=[1])
+    kwargs |= dict(num_blocks=1, attn_resolutions=[8], label_dim=3)
+    shapes = {name: tuple(w.shape) for name, w in make(**kwargs).state_dict().items()}
+    before = torch.get_rng_state()
+    check_shapes(make, kwargs, shapes)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_checkpoints_of_every_kind_of_tensor_are_read(tmp_path):
@@ -313,7 +325,7 @@ IMAGES = {
     "no pixels": (png_of(64, 64), "not a readable image"),
     "cut": (png(64)[:-30], "not a readable image"),
     "no image": (b"<html>404</html>", "not a readable image"),
-    "a program": (EPS, "not a readable image"),
+    "a program": (EPS, "cannot identify image file"),
     "a long chunk": (png_of(4, 4, chunk(b"zTXt", bytes(2**26))), "at most 67,108,864 bytes"),
     "empty": (b"", "not a readable image"),
 }

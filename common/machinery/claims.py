@@ -43,7 +43,7 @@ def check_file(path):
         roots = [name for name in entries if name.endswith("/data.pkl")]
         if len(roots) != 1 or entries[roots[0]].file_size > 2**26:
             raise Refused("no readable data.pkl")
-        machine = Machine(archive.read(roots[0]), NAMES, "checkpoint")
+        machine = Machine(archive.read(roots[0]), NAMES, "checkpoint", most=1_500_000)
     machine.load()
     folder, total = roots[0].removesuffix("data.pkl"), 0
     for record in machine.records:
@@ -61,18 +61,13 @@ def check_file(path):
         raise Refused("tensors much larger than the file")
 
 
-def check_tensors(weights):
-    """Refused unless it is {name: tensor}."""
+def check_weights(weights):
+    """Refused unless it is {name: tensor}, all finite in float32, in which they are used."""
     if not isinstance(weights, dict):
         raise Refused(f"its weights are a {type(weights).__name__}, not a dict")
     for name, weight in weights.items():
         if type(name) is not str or not isinstance(weight, torch.Tensor):
             raise Refused("its weights are not all tensors with names")
-
-
-def check_finite(weights):
-    """Refused unless all values are finite in float32, in which they are used."""
-    for name, weight in weights.items():
         if not weight.float().isfinite().all():
             raise Refused(f"its weight {name} has values that are not finite")
 
@@ -163,14 +158,13 @@ def check_shapes(make, kwargs, shapes):
 
 
 def check_network(make, state):
-    """Refused unless a file's weights are finite, and those of the network that it claims.
+    """Refused unless a file's weights are those of the network that it claims.
 
-    state: {"kwargs", "sigma_data", "weights"}. make(**kwargs): its module, with their names.
+    state: {"kwargs", "sigma_data", "weights": checked}. make(**kwargs): its module, with their
+    names.
     """
-    sigma_data, weights = state.get("sigma_data"), state.get("weights")
+    sigma_data, weights = state.get("sigma_data"), state.get("weights", {})
     if type(sigma_data) not in (int, float) or not 0 < sigma_data < math.inf:
         shown = sigma_data if type(sigma_data) in (int, float) else "no number"
         raise Refused(f"its sigma_data is {shown}, not a positive number")
-    check_tensors(weights)
     check_shapes(make, state.get("kwargs"), {name: tuple(w.shape) for name, w in weights.items()})
-    check_finite(weights)

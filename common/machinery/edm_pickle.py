@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from common import UsageError
+from common.machinery.claims import check_weights
 from common.machinery.pickles import (
     PERSISTENT,
     STORAGES,
@@ -159,11 +160,13 @@ def _arrays(module, prefix="", found=None, seen=None):
 
 
 def _weights(ema, most):
-    """{name: tensor} of the network's record. Views become copies, of `most` bytes in all."""
+    """{name: tensor} of the network's record, finite. Copies, of at most `most` bytes in all."""
     arrays = _arrays(ema)
     if sum(array.nbytes for array in arrays.values()) > most:
         raise Refused("its weights are larger than the file")
-    return {name: torch.from_numpy(array.copy("C")) for name, array in arrays.items()}
+    weights = {name: torch.from_numpy(array.copy("C")) for name, array in arrays.items()}
+    check_weights(weights)
+    return weights
 
 
 # -------------------------------------------------------------------------------- arguments

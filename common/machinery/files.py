@@ -15,7 +15,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from common import UsageError
-from common.machinery.claims import check_file, check_finite, check_tensors
+from common.machinery.claims import check_file, check_weights
 from common.machinery.pickles import Refused, mapped_file, one_line
 
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of zips: others may ask for gigabytes
@@ -99,8 +99,7 @@ def load_checkpoint(path, kind=None, what="checkpoint"):
         if not isinstance(state, dict) or type(state.get("fewstep")) is not str:
             raise Refused("no 'fewstep' entry")
         if "weights" in state:
-            check_tensors(state["weights"])
-            check_finite(state["weights"])
+            check_weights(state["weights"])
     except FileNotFoundError:
         raise UsageError(f"{path}: no such {what}") from None
     except Exception as error:  # zipfile and torch raise anything; torch's advice is not passed on
