@@ -28,6 +28,7 @@ from common.machinery.schedule import load_schedule
 from common.teacher import load_teacher
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures in /proc")
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def teacher_file(tmp_path, change=lambda state: None):
     state = {"arch": "ddpmpp", "kwargs": kwargs, "sigma_data": 0.5, "dataset": None}
     state["weights"] = dict(Denoiser(unet.ddpmpp(**kwargs)).state_dict())
     change(state)
-    save_checkpoint(path, "teacher", state)
+    save_checkpoint(path, state.pop("fewstep", "teacher"), state)
     return path
 
 
@@ -83,8 +84,8 @@ OURS = {
     "a tensor as argument": (claims(num_blocks=torch.tensor(1)), "num_blocks is a Tensor"),
     "no arguments": (without("kwargs"), "its arguments are a NoneType"),
     "no weights": (without("weights"), "with 0 weights"),
-    "no kind": (without("arch"), "not a usable teacher"),
-    "an unknown kind": (lambda s: s.update(arch="dit"), "not a usable teacher"),
+    "no kind": (without("arch"), "its network is none of"),
+    "an unknown kind": (lambda s: s.update(arch="dit"), "its network is none of ddpmpp, ncsnpp"),
     "a list of kinds": (lambda s: s.update(arch=["ddpmpp"]), "not a usable teacher"),
     "a list of weights": (lambda s: s.update(weights=[1]), "its weights are a list"),
     "a number as weight": (weight(1.0), "not all tensors"),
@@ -94,6 +95,8 @@ OURS = {
     "NaN": (weight(torch.full((32,), np.nan)), "map_layer0.bias has values that are not finite"),
     "10^300": (weight(torch.full((32,), 1e300, dtype=torch.float64)), "not finite"),
     "sigma_data 0": (lambda s: s.update(sigma_data=0), "sigma_data is 0"),
+    "sigma_data 10^300": (lambda s: s.update(sigma_data=10**300), "sigma_data is 1000"),
+    "a kind of many lines": (lambda s: s.update(fewstep="a\n" * 10**6), "no 'fewstep' entry"),
     "sigma_data a tensor": (lambda s: s.update(sigma_data=torch.tensor(1.0)), "is no number"),
     "a view of 10^12 values": (
         weight(torch.zeros(1).expand(10**6, 10**6)), "tensors much larger than the file"),
@@ -156,6 +159,8 @@ def test_a_zip_that_torch_would_fill_memory_with_is_refused(case, tmp_path):
 def test_other_files_as_checkpoints(tmp_path):
     path = teacher_file(tmp_path)
     whole = path.read_bytes()
+    os.mkfifo(tmp_path / "pipe.pt")
+    one_line_refusal(lambda: read(str(tmp_path / "pipe.pt")), "not a file")
     for name, data in {
         "cut": whole[:-100],
         "half": whole[: len(whole) // 2],
@@ -374,7 +379,8 @@ def labelled(words):
 
 ZIPS = {
     "deep": (labelled("[" * 200_000), "dataset.json is not"),
-    "60 MB of lists": (labelled("[" + "[]," * 20_000_000), "dataset.json is not"),
+    "60 MB of lists": (labelled("[" + "[]," * 20_000_000), "at most 16,777,216 bytes"),
+    "15 MB of lists": (labelled("[" + "[]," * 5_000_000), "more lists than images"),
     "a class of 10^9": (labelled('{"labels": [["a.png", 1000000000]]}'), "class numbers must"),
     "a negative class": (labelled('{"labels": [["a.png", -1]]}'), "class numbers must"),
     "an infinite class": (labelled('{"labels": [["a.png", 1e999]]}'), "dataset.json is not"),

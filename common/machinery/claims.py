@@ -1,6 +1,6 @@
 """What a checkpoint claims: checked before torch reads it and before a network is built of it."""
-import math
 import os
+import stat
 import zipfile
 
 import numpy as np
@@ -32,7 +32,10 @@ def check_file(path):
     torch.load with weights_only runs no foreign code, but makes whatever sizes a file claims. So
     here its entries must be uncompressed, its storages there, its tensors within them.
     """
-    size = os.path.getsize(path)
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+        raise Refused("not a file")
+    size = status.st_size
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         plain = len(entries) == len(archive.infolist())  # no name twice
@@ -164,7 +167,7 @@ def check_network(make, state):
     names.
     """
     sigma_data, weights = state.get("sigma_data"), state.get("weights", {})
-    if type(sigma_data) not in (int, float) or not 0 < sigma_data < math.inf:
+    if type(sigma_data) not in (int, float) or not 1e-6 < sigma_data < 1e6:
         shown = sigma_data if type(sigma_data) in (int, float) else "no number"
-        raise Refused(f"its sigma_data is {shown}, not a positive number")
+        raise Refused(f"its sigma_data is {shown}, not a number from 1e-6 to 1e6")
     check_shapes(make, state.get("kwargs"), {name: tuple(w.shape) for name, w in weights.items()})

@@ -57,6 +57,7 @@ TAKEN = (  # constructor arguments that UNet takes as they are
 )
 READER = 2  # raise it when the reader changes: conversions in the cache are made again
 MOST_BYTES = 2**31  # of a file; ImageNet-64's has 1.2 GB
+MOST_WEIGHTS = 5_000
 
 PERSISTENT_OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
 PARAMETER = "torch._utils._rebuild_parameter"
@@ -104,7 +105,7 @@ def _storage(record):
         raise Refused("a storage that is none")
     if data[:2] == b"PK":  # a small file could be anything in memory
         raise Refused("a compressed tensor")
-    machine = Machine(data, {*STORAGES, PERSISTENT}, "storage", most=300)
+    machine = Machine(data, {*STORAGES, PERSISTENT}, "storage", most=100)  # of 51
     magic, version, system = (machine.load() for _ in range(3))
     known = (type(magic), type(version), type(system)) == (int, int, dict)
     known = known and (magic, version) == (0x1950A86A20F9469CFC6C, 1001)
@@ -151,7 +152,7 @@ def _arrays(module, prefix="", found=None, seen=None):
             if value is not None:
                 found[name] = _array(value, name)
             seen.add((kind, name))
-            if len(seen) > 20_000:
+            if len(seen) > 2 * MOST_WEIGHTS:
                 raise Refused("it has too many weights")
     for name, child in typed(state.get("_modules"), dict, f"{what}._modules").items():
         if child is not None:

@@ -96,7 +96,8 @@ def load_checkpoint(path, kind=None, what="checkpoint"):
     try:
         check_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or type(state.get("fewstep")) is not str:
+        found = state.get("fewstep") if isinstance(state, dict) else None
+        if type(found) is not str or not found.isprintable() or len(found) > 100:
             raise Refused("no 'fewstep' entry")
         if "weights" in state:
             check_weights(state["weights"])

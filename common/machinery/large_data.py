@@ -76,7 +76,7 @@ def find_source(name, data_dir):
             "zip of EDM's dataset_tool or the folder with the batches of downsampled ImageNet"
         )
     path = Path(data_dir).resolve()
-    if not (path.is_dir() or zipfile.is_zipfile(path)):
+    if not (path.is_dir() or path.is_file() and zipfile.is_zipfile(path)):
         raise UsageError(f"--data-dir {path}: neither a folder nor a zip file")
     return path
 
@@ -296,7 +296,7 @@ def read_batch(file):
 
 
 def _npz(file):
-    return read_npz(file, ("data", "labels"), max(2**29, 8 * file.stat().st_size))
+    return read_npz(file, ("data", "labels"), max(2**28, 8 * file.stat().st_size))
 
 
 def _pickled(file):
