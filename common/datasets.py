@@ -217,7 +217,8 @@ def _labels(path, names, opener, level):
     num_classes = max(labels.values(), default=-1) + 1
     unknown = [name for name in names if name not in labels]
     if num_classes and unknown:
-        raise UsageError(f"--data-dir {path}: {unknown[0]} has no label in dataset.json")
+        first = one_line(unknown[0])
+        raise UsageError(f"--data-dir {path}: {first} has no label in dataset.json")
     return labels, num_classes
 
 
@@ -233,11 +234,11 @@ def _read_image(path, name, opener):
                 fits = mode in ("L", "RGB") and width == height <= LARGEST
                 pixels = np.asarray(image) if fits else None
     except Exception as error:  # PIL's decoders raise many kinds
-        reason = one_line(error)
-        raise UsageError(f"--data-dir {path}: {name} is not a readable image ({reason})") from None
+        reason = f"{one_line(name)} is not a readable image ({one_line(error)})"
+        raise UsageError(f"--data-dir {path}: {reason}") from None
     if not fits:
         raise UsageError(
-            f"--data-dir {path}: {name} is {width}x{height} of PIL mode {mode}; "
+            f"--data-dir {path}: {one_line(name)} is {width}x{height} of PIL mode {mode}; "
             f"images must be square, of mode L or RGB, and at most {LARGEST} pixels wide"
         )
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)

@@ -68,7 +68,7 @@ def read_teacher(path):
 def _check(state, path):
     """UsageError unless {"arch", "kwargs", "sigma_data", "weights"} fit, by name, shape, value."""
     try:
-        if state.get("arch") not in ARCHS:
+        if type(state.get("arch")) is not str or state["arch"] not in ARCHS:
             raise ValueError(f"its network is none of {', '.join(ARCHS)}")
         check_network(lambda **kwargs: Denoiser(ARCHS[state["arch"]](**kwargs)), state)
     except Exception as error:  # a foreign or damaged file claims anything

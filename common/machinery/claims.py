@@ -56,7 +56,7 @@ def check_file(path):
             if entry is None or entry.file_size != count * np.dtype(code).itemsize:
                 raise Refused("a storage of another size than its entry")
         elif record.name == TENSOR:
-            storage, offset, shape, stride = call_of(record, TENSOR, 4)[:4]
+            storage, offset, shape, stride, _, _ = call_of(record, TENSOR)
             code, _, count = storage_claim(storage)
             values = check_view(offset, shape, stride, count, dense=False)
             total += values * np.dtype(code).itemsize

@@ -159,8 +159,9 @@ def read_json(path, option, what):
 
 
 def read_npz(path, names, most):
-    """Arrays of numbers of an .npz. Refused if all take more than `most` bytes: a few kilobytes
-    can unpack to any size, so the headers are read first.
+    """Arrays of numbers of an .npz. Raises Refused if together they have more than `most` bytes.
+
+    A few kilobytes can unpack to any size: an array's header is read first.
     """
     arrays = []
     with zipfile.ZipFile(path) as archive:

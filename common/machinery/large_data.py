@@ -57,8 +57,8 @@ class Source:
                     first, self.shape = name, shape
                 if shape != self.shape:
                     raise UsageError(
-                        f"--data-dir {self.path}: {name} is {shape} (channels, height, width), "
-                        f"but {first} is {self.shape}; all must be the same"
+                        f"--data-dir {self.path}: {one_line(name)} is {shape} (channels, height, "
+                        f"width), but {one_line(first)} is {self.shape}; all must be the same"
                     )
                 self.labels.extend(labels)
                 yield np.ascontiguousarray(pixels)
@@ -321,7 +321,9 @@ def _numbers(kind, data):
         raise Refused("an array of an unknown type")
     if isinstance(data, str):  # from Python 2
         data = data.encode("latin1")
-    order = {"<": "<", ">": ">", "|": "|"}[kind.state[1]]
+    order = kind.state[1]
+    if type(order) is not str or order not in ("<", ">", "|"):
+        raise Refused("an array of an unknown byte order")
     return np.frombuffer(data, np.dtype(code).newbyteorder(order))
 
 

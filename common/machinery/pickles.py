@@ -248,10 +248,13 @@ def check_key(key):
 
     Each is fast to hash and to compare, and nobody can make many of them with one hash.
     """
-    if type(key) is tuple and len(key) == 2 and type(key[0]) is str:
-        for part in key:
-            check_key(part)
-    elif not (type(key) is str and len(key) <= LONGEST or type(key) is int and 0 <= key < 2**31):
+    def plain(part):
+        if type(part) is str:
+            return len(part) <= LONGEST
+        return type(part) is int and 0 <= part < 2**31
+
+    pair = type(key) is tuple and len(key) == 2 and type(key[0]) is str
+    if not (all(map(plain, key)) if pair else plain(key)):
         raise Refused(f"a key that is a {type(key).__name__}, or too long")
 
 
