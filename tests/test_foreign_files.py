@@ -162,6 +162,15 @@ def test_a_zip_that_torch_would_fill_memory_with_is_refused(case, tmp_path):
         one_line_refusal(lambda: load_checkpoint(path), said, str(path))
 
 
+def test_a_zip_with_two_pickles_is_refused(tmp_path):
+    """Which of them torch would read, zipfile cannot know."""
+    path = teacher_file(tmp_path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        archive.writestr(name, archive.read(name))
+    one_line_refusal(lambda: read(str(path)), "a zip that torch did not write")
+
+
 def test_other_files_as_checkpoints(tmp_path):
     path = teacher_file(tmp_path)
     whole = path.read_bytes()

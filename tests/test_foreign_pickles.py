@@ -302,14 +302,15 @@ MORE = {
     "a shape of 10^300": (lambda: weight_of((10**300,), (1,)), "impossible shape"),
     "a negative shape": (lambda: weight_of((-1, -4), (4, 1)), "impossible shape"),
     "a negative stride": (lambda: weight_of((4,), (-1,), offset=3), "impossible shape"),
+    "a view beyond its storage": (lambda: weight_of((4,), (1,), offset=2), "on 4 values"),
     "overlapping rows": (lambda: weight_of((3, 2), (1, 1)), "stride (1, 1)"),
     "rows with gaps": (lambda: weight_of((2, 2), (3, 1), 8), "stride (3, 1)"),
     "a module within itself": (
         lambda: planted(b"h\x00", lambda v: network(v)._modules.update(enc=HERE)), "edm.pkl"),
-    "30 modules deep": (lambda: shared_modules(30, 1), "too deep"),
-    "120,000 empty weights": (
+    "40 modules deep": (lambda: shared_modules(40, 1), "too deep"),
+    "12,000 empty weights": (
         lambda: planted(
-            b"}(" + b"".join(text(str(i)) + b"N" for i in range(120_000)) + b"u",
+            b"}(" + b"".join(text(str(i)) + b"N" for i in range(12_000)) + b"u",
             lambda v: setattr(network(v), "_buffers", HERE)), "too many weights"),
     "changed twice": (
         lambda: beside(b"ctorch.nn.modules.container\nModuleDict\n)\x81}b}b"), "Record that is to"),
@@ -335,6 +336,7 @@ MORE = {
             + b"\x85R(K\x03" + text("<") + b"tb" + text("x") + b"tR",
             lambda v: setattr(v["ema"], "sigma_data", HERE)), "unknown type"),
     "an escape sequence": (lambda: baseline("\x1b[2J\n\x07" + "x" * 1000), "[2J"),
+    "an escape sequence as name": (lambda: beside(b"cos\x1b[2J\nsystem\n"), "os?[2J.system"),
     "a gzip": (lambda: b"\x1f\x8b" + bytes(1000), "edm.pkl"),
     "a zip": (lambda: b"PK\x03\x04" + bytes(1000), "edm.pkl"),
     "zeros": (lambda: bytes(10**6), "edm.pkl"),
@@ -352,7 +354,7 @@ def read(path):
 
 SLOW = (
     "records 300,000 deep", "records 90,000 deep", "a list 190,000 deep",
-    "120,000 empty weights", "opcodes without end", "a shape of 10^5 axes", "300,000 resolutions",
+    "opcodes without end", "a shape of 10^5 axes", "300,000 resolutions",
 )
 CASES = [*TABLE, *(pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in MORE)]
 
