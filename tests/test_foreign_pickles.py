@@ -182,6 +182,11 @@ def weight_like(change):
     return dump(value)
 
 
+LOOP = (  # a module whose child is itself
+    b"ctorch.nn.modules.container\nModuleDict\n)\x81r\x00\x00\x10\x00}"
+    + text("_parameters") + b"}s" + text("_buffers") + b"}s" + text("_modules")
+    + b"}" + text("again") + b"j\x00\x00\x10\x00ssb"
+)
 MANY = b"]" * 500_000
 
 TABLE = {  # the cases of issue 13: how the file is made, what its refusal says
@@ -257,7 +262,7 @@ MORE = {
     "300,000 resolutions": (
         lambda: planted_claim("attn_resolutions", b"](" + b"K\x08" * 300_000 + b"e"), "at most 12"),
     "opcodes without end": (lambda: beside(MANY), "more opcodes"),
-    "an endless name": (lambda: pickled(b"c" + b"x" * 10**6), "edm.pkl"),
+    "an endless name": (lambda: pickled(b"c" + b"x" * 10**6), "a name that is too long"),
     "2 MiB of wide text": (
         lambda: beside(text("\U0001f600" + "x" * 2**21)), "more text than any EDM"),
     "one text encoded 4,000 times": (  # harmless: it is encoded once
@@ -278,7 +283,7 @@ MORE = {
         lambda: dump(with_weight(vector_of(saved(torch.zeros(4)) + b"more"))), "20 bytes"),
     "bfloat16": (
         lambda: dump(with_weight(vector_of(saved(torch.zeros(4, dtype=torch.bfloat16))))),
-        "edm.pkl"),
+        "map_layer0.weight is in bfloat16"),
     "complex": (
         lambda: dump(with_weight(vector_of(saved(torch.zeros(4, dtype=torch.complex64))))),
         "ComplexFloatStorage"),
@@ -306,7 +311,8 @@ MORE = {
     "overlapping rows": (lambda: weight_of((3, 2), (1, 1)), "stride (1, 1)"),
     "rows with gaps": (lambda: weight_of((2, 2), (3, 1), 8), "stride (3, 1)"),
     "a module within itself": (
-        lambda: planted(b"h\x00", lambda v: network(v)._modules.update(enc=HERE)), "edm.pkl"),
+        lambda: planted(LOOP, lambda v: network(v)._modules.update(enc=HERE)),
+        "enc.again is a module in more than one place"),
     "40 modules deep": (lambda: shared_modules(40, 1), "too deep"),
     "12,000 empty weights": (
         lambda: planted(

@@ -125,6 +125,8 @@ def _array(value, what):
         raise Refused(f"{what} is not a tensor")
     storage, offset, size, stride = call_of(value, TENSOR, 4)[:4]
     code, values = _storage(storage)
+    if code == "V2":
+        raise Refused(f"{what} is in bfloat16")
     width = np.dtype(code).itemsize
     check_view(offset, size, stride, len(values) // width, dense=True)
     if 0 in size:

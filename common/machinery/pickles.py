@@ -186,7 +186,9 @@ class Machine:
         return str(part, "utf-8", "surrogatepass")
 
     def line(self):
-        end = bytes(self.data[self.at : self.at + LONGEST]).index(b"\n")
+        end = bytes(self.data[self.at : self.at + LONGEST]).find(b"\n")
+        if end < 0:
+            raise Refused("a name that is too long")
         return str(self.take(end + 1), "utf-8")[:-1]
 
     def name(self, module, name):
