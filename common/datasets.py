@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import json
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from common.machinery.large_data import (
     stamp,
 )
 from common.machinery.options import DATASETS
+from common.machinery.pickles import one_line
 from common.machinery.ranks import rank_and_world
 
 SHAPES = {
@@ -40,6 +42,8 @@ SHAPES = {
     "imagenet64": (3, 64, 64),
 }
 ASSETS = Path(__file__).parent / "assets"
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # PIL's EPS runs Ghostscript
+LARGEST, MOST_IMAGE = 4096, 2**26  # pixels in a row, bytes of an image's file
 AHEAD = 2  # batches that a Stream fetches before they are asked for
 
 
@@ -187,9 +191,15 @@ def _folder(path, split):
 
 def _labels(path, names, opener, level):
     """{name: class}, number of classes: from dataset.json or the folders at `level`."""
+    most = max(2**24, sum(len(name) + 40 for name in names))  # bytes of the JSON
     try:
-        with opener("dataset.json") as file:
-            labels = {name: int(label) for name, label in json.load(file)["labels"] or []}
+        with opener("dataset.json", most) as file:
+            text = file.read()
+        if text.count(b"[") + text.count(b"{") > 2 * len(names) + 10**5:
+            raise ValueError("more lists than images")  # they take many times their text
+        labels = {name: int(label) for name, label in json.loads(text)["labels"] or []}
+        if labels and not 0 <= min(labels.values()) <= max(labels.values()) < 10**5:
+            raise ValueError("class numbers must lie in 0 ... 99999")
     except (FileNotFoundError, KeyError):  # no such file, or none in the zip
         folder_of = {}
         for name in names:
@@ -200,29 +210,36 @@ def _labels(path, names, opener, level):
             return {}, 0
         number = {folder: i for i, folder in enumerate(classes)}
         return {name: number[folder] for name, folder in folder_of.items()}, len(classes)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # damaged zips and JSON raise many kinds
         right = '{"labels": [[file, class number], ...]}'
-        raise UsageError(f"--data-dir {path}: dataset.json is not {right} ({error})") from None
+        reason = one_line(error)
+        raise UsageError(f"--data-dir {path}: dataset.json is not {right} ({reason})") from None
     num_classes = max(labels.values(), default=-1) + 1
     unknown = [name for name in names if name not in labels]
     if num_classes and unknown:
-        raise UsageError(f"--data-dir {path}: {unknown[0]} has no label in dataset.json")
+        first = one_line(unknown[0])
+        raise UsageError(f"--data-dir {path}: {first} has no label in dataset.json")
     return labels, num_classes
 
 
 def _read_image(path, name, opener):
-    """One square grey or RGB image -> (C, H, W) uint8."""
+    """One square grey or RGB image -> (C, H, W) uint8. Its head is checked before it is decoded."""
     from PIL import Image
+    fits, pixels = True, None
     try:
-        with opener(name) as file, Image.open(file) as image:
-            mode, pixels = image.mode, np.asarray(image)
+        with warnings.catch_warnings(), opener(name, MOST_IMAGE) as file:
+            warnings.simplefilter("ignore")  # PIL's about large images
+            with Image.open(file, formats=FORMATS) as image:
+                mode, (width, height) = image.mode, image.size
+                fits = mode in ("L", "RGB") and width == height <= LARGEST
+                pixels = np.asarray(image) if fits else None
     except Exception as error:  # PIL's decoders raise many kinds
-        raise UsageError(f"--data-dir {path}: {name} is not a readable image ({error})") from None
-    height, width = pixels.shape[:2]
-    if mode not in ("L", "RGB") or height != width:
+        reason = f"{one_line(name)} is not a readable image ({one_line(error)})"
+        raise UsageError(f"--data-dir {path}: {reason}") from None
+    if not fits:
         raise UsageError(
-            f"--data-dir {path}: {name} is {width}x{height} of PIL mode {mode}; "
-            "images must be square and of mode L or RGB"
+            f"--data-dir {path}: {one_line(name)} is {width}x{height} of PIL mode {mode}; "
+            f"images must be square, of mode L or RGB, and at most {LARGEST} pixels wide"
         )
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 

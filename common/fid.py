@@ -24,8 +24,16 @@ from common.datasets import (
     to_uint8,
 )
 from common.diffusion import noise_from_seeds
-from common.machinery.files import BAR, atomic_write, cache_dir, locked, weights_digest
+from common.machinery.files import (
+    BAR,
+    atomic_write,
+    cache_dir,
+    locked,
+    read_npz,
+    weights_digest,
+)
 from common.machinery.inception import EDM_REFERENCES, edm_reference, load_inception
+from common.machinery.pickles import one_line
 from common.machinery.ranks import gather_rows, rank_and_world, share_of, sum_over_ranks
 
 # -------------------------------------------------------------------------------- the distance
@@ -207,20 +215,23 @@ def reference_moments(dataset_name, extractor, data_dir=None, split="train"):
 def load_moments(path, extractor):
     """mu (D,), cov (D, D) of an .npz with `mu` and `sigma`, as EDM's fid-refs.
 
-    Raises UsageError if it is none, or of another number of features than `extractor`'s.
+    Raises UsageError if it is none, not finite, or of another number of features than
+    `extractor`'s.
     """
     try:
-        with np.load(path) as file:
-            mu, cov = file["mu"], file["sigma"]
+        mu, cov = map(np.array, read_npz(path, ("mu", "sigma"), most=2**28))
     except Exception as error:  # as above
         raise UsageError(
-            f"--reference {path}: not an .npz with `mu` and `sigma` ({type(error).__name__})"
+            f"--reference {path}: not an .npz with `mu` and `sigma` ({one_line(error)})"
         ) from None
     if (mu.shape, cov.shape) != ((extractor.dim,), (extractor.dim, extractor.dim)):
         raise UsageError(
-            f"--reference {path}: moments of {len(mu)} features, "
+            f"--reference {path}: moments of {mu.size} features, "
             f"{extractor.name} has {extractor.dim}"
         )
+    size = np.abs(cov).max()
+    if not (np.isfinite([size, *mu]).all() and np.allclose(cov, cov.T, 1e-3, 1e-6 * size)):
+        raise UsageError(f"--reference {path}: `mu` or `sigma` is no mean or covariance matrix")
     return mu, cov
 
 

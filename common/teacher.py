@@ -21,6 +21,7 @@ from common import UsageError, unet
 from common.datasets import ASSETS, Stream, fingerprint, load_dataset, shape_of
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
+from common.machinery.claims import check_network
 from common.machinery.diffusers_teachers import is_diffusers, load_diffusers
 from common.machinery.files import cache_dir, load_checkpoint, save_checkpoint
 from common.machinery.flow_teachers import FlowDenoiser, flow_state
@@ -32,6 +33,7 @@ from common.machinery.options import (
     parse_config,
     require,
 )
+from common.machinery.pickles import one_line
 from common.machinery.plots import save_rows
 from common.machinery.public_teachers import convert_public, is_public
 from common.machinery.run import Run
@@ -75,18 +77,31 @@ def read_teacher(path):
     return _build(state, path)
 
 
-def _build(state, path):
-    """{"arch", "kwargs", "sigma_data" or "flow", "weights"} -> Denoiser; all must fit."""
+def _check(state, path):
+    """UsageError unless {"arch", "kwargs", "sigma_data", "weights"} fit, by name, shape, value.
+
+    A flow has {"flow": {"phi": a share or None}} as well.
+    """
     try:
-        net = ARCHS[state["arch"]](**state["kwargs"])
-        flow = state.get("flow")
-        denoiser = FlowDenoiser(net, **flow) if flow else Denoiser(net, state["sigma_data"])
-        denoiser.load_state_dict(state["weights"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UsageError(
-            f"--teacher {path}: its weights do not fit its architecture ({reason})"
-        ) from None
+        if type(state.get("arch")) is not str or state["arch"] not in ARCHS:
+            raise ValueError(f"its network is none of {', '.join(ARCHS)}")
+        phi = state["flow"]["phi"] if "flow" in state else None
+        if phi is not None and not (type(phi) in (int, float) and 0 <= phi <= 1):
+            raise ValueError("its phi is not a number from 0 to 1")
+        check_network(lambda **kwargs: Denoiser(ARCHS[state["arch"]](**kwargs)), state)
+    except Exception as error:  # a foreign or damaged file claims anything
+        raise UsageError(f"--teacher {path}: not a usable teacher, {one_line(error)}") from None
+
+
+def _build(state, path):
+    """What `_check` takes -> Denoiser."""
+    _check(state, path)
+    net = ARCHS[state["arch"]](**state["kwargs"])
+    if "flow" in state:
+        denoiser = FlowDenoiser(net, state["flow"]["phi"])
+    else:
+        denoiser = Denoiser(net, state["sigma_data"])
+    denoiser.load_state_dict(state["weights"])
     denoiser.arch, denoiser.kwargs = state["arch"], state["kwargs"]
     return denoiser
 
@@ -142,7 +157,7 @@ def load_teacher(spec, dataset, device, data_dir=None):
 def _converted(spec, dataset):
     """A public teacher in our own format: its path. A refusal says what needs no download."""
     try:
-        return convert_public(spec, _build)
+        return convert_public(spec, _check)
     except UsageError as error:
         if spec != PUBLIC.get(dataset):
             raise

@@ -593,7 +593,7 @@ GOOD = {"data": np.zeros((2, 48), np.uint8), "labels": [1, 1000]}
         ({"labels": [1, 1001]}, "1 to 1000"),
         ({"labels": [1]}, "not 2 numbers"),
         ({"labels": [1.0, 2.0]}, "1 to 1000"),
-        ({"labels": ["a", "b"]}, "1 to 1000"),
+        ({"labels": ["a", "b"]}, "numbers"),
         ({"data": np.zeros((2, 75), np.uint8)}, "(3, 4, 4)"),
         ({"data": np.zeros((0, 48), np.uint8), "labels": []}, "1 to 1000"),
     ],

@@ -1,22 +1,30 @@
 """common/machinery/edm_pickle.py: pickles like NVIDIA's are read, and nothing else."""
 
-import collections
 import io
 import json
 import os
 import pickle
-import sys
-import types
 import urllib.request
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from edm_files import (
+    NETS,
+    Call,
+    Persistent,
+    dump,
+    edm_object,
+    saved,
+    small,
+    tensor_of,
+    vector_of,
+    with_weight,
+)
 from torch import nn
 
-from common import UsageError, unet
+from common import UsageError
 from common import teacher as teachers
 from common.diffusion import Denoiser
 from common.machinery.edm_pickle import NAMES, TAKEN, read_edm_pickle
@@ -26,140 +34,6 @@ from common.teacher import ARCHS, load_teacher, read_teacher
 ROOT = Path(__file__).parent.parent
 SHAPES = json.loads((ROOT / "tests" / "golden" / "unet_shapes.json").read_text())
 CPU = torch.device("cpu")
-
-# A stand-in of torch_utils.persistence (golden/README.md, end of section 1). Objects are saved as
-# a call of one function with a dictionary that holds the source of their class, which the real
-# one executes.
-persistence = types.ModuleType("torch_utils.persistence")
-exec(
-    "def _reconstruct_persistent_obj(meta):\n"
-    "    raise RuntimeError('the embedded source would be run here')",
-    persistence.__dict__,
-)
-persistence._reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
-SOURCE = "import pathlib; pathlib.Path('HACKED').touch()"
-
-
-class Persistent(nn.Module):
-    """A module as NVIDIA saves it."""
-
-    def __init__(self, class_name, **attributes):
-        super().__init__()
-        self.__dict__.update(attributes, _class_name=class_name)
-
-    def __reduce__(self):
-        state = {k: v for k, v in self.__dict__.items() if k != "_class_name"}
-        meta = {
-            "type": "class",
-            "version": 6,
-            "module_src": SOURCE,
-            "class_name": self._class_name,
-            "state": state,
-        }
-        return persistence._reconstruct_persistent_obj, (meta,)
-
-
-def persistent(module):
-    """Our module and all below it as Persistent; containers stay torch's."""
-    children = {name: persistent(child) for name, child in module._modules.items()}
-    if isinstance(module, nn.ModuleDict):
-        return nn.ModuleDict(children)
-    copy = Persistent(type(module).__name__)
-    copy._parameters, copy._buffers = module._parameters, module._buffers
-    copy._modules = collections.OrderedDict(children)
-    return copy
-
-
-NETS = {
-    "ddpmpp": (
-        unet.ddpmpp,
-        "SongUNet",
-        {
-            "embedding_type": "positional",
-            "encoder_type": "standard",
-            "decoder_type": "standard",
-            "channel_mult_noise": 1,
-            "resample_filter": [1, 1],
-        },
-    ),
-    "ncsnpp": (
-        unet.ncsnpp,
-        "SongUNet",
-        {
-            "embedding_type": "fourier",
-            "encoder_type": "residual",
-            "decoder_type": "standard",
-            "channel_mult_noise": 2,
-            "resample_filter": [1, 3, 3, 1],
-        },
-    ),
-    "adm": (unet.adm, "DhariwalUNet", {}),
-}
-
-
-def edm_object(arch="ddpmpp", label_dim=0, augment_dim=9, resolution=16, **more):
-    """{"ema", "loss_fn", ...} as EDM's training loop saves it, and the Denoiser that it holds."""
-    factory, class_name, more_arguments = NETS[arch]
-    sizes = {
-        "model_channels": 8,
-        "channel_mult": [1, 2],
-        "num_blocks": 1,
-        "attn_resolutions": [8],
-        "dropout": 0.13,
-        **more,
-    }
-    denoiser = Denoiser(factory(resolution, 3, label_dim, augment_dim, **sizes)).eval()
-    with torch.no_grad():
-        for p in denoiser.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    net = persistent(denoiser.net)
-    net.__dict__.update(
-        _class_name=class_name,
-        _init_args=(),
-        _init_kwargs={
-            "img_resolution": resolution,
-            "in_channels": 3,
-            "out_channels": 3,
-            "label_dim": label_dim,
-            "augment_dim": augment_dim,
-            **sizes,
-            **more_arguments,
-        },
-    )
-    ema = Persistent(
-        "EDMPrecond",
-        sigma_data=np.float64(0.5),
-        sigma_min=0,
-        sigma_max=float("inf"),
-        use_fp16=False,
-        _init_args=(),
-        _init_kwargs={
-            "img_resolution": resolution,
-            "img_channels": 3,
-            "label_dim": label_dim,
-            "model_type": class_name,
-        },
-    )
-    ema._modules["model"] = net
-    loss = Persistent("EDMLoss", P_mean=-1.2, P_std=1.2, sigma_data=0.5)
-    pipe = Persistent("AugmentPipe", p=0.12)
-    return {
-        "ema": ema,
-        "loss_fn": loss,
-        "augment_pipe": pipe,
-        "dataset_kwargs": {"path": "cifar10.zip"},
-    }, denoiser
-
-
-def dump(value, protocol=4):
-    """pickle.dumps while torch_utils.persistence exists."""
-    sys.modules.update(
-        {"torch_utils": types.ModuleType("torch_utils"), "torch_utils.persistence": persistence}
-    )
-    try:
-        return pickle.dumps(value, protocol)
-    finally:
-        del sys.modules["torch_utils"], sys.modules["torch_utils.persistence"]
 
 
 @pytest.fixture()
@@ -179,14 +53,36 @@ def written(tmp_path, value, name="edm.pkl"):
 # -------------------------------------------------------------------------------- reading
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
+def relaid(module, layout):
+    """The weights of a Persistent module and of all below it, in another type or order."""
+    changes = {
+        "float32": lambda w: w,
+        "float16": lambda w: w.half(),
+        "float64": lambda w: w.double(),
+        "channels_last": lambda w: w.to(memory_format=torch.channels_last) if w.ndim == 4 else w,
+        "transposed": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1) if w.ndim > 1 else w,
+    }
+    for part in (module, *module._modules.values()):
+        if part is not module:
+            relaid(part, layout)
+        for weights in (part._parameters, part._buffers):
+            for name, weight in weights.items():
+                if weight is not None:
+                    weights[name] = nn.Parameter(changes[layout](weight.detach()), False)
+
+
+@pytest.mark.parametrize("protocol,layout", [(2, "float32"), (4, "float16")])
 @pytest.mark.parametrize("label_dim,augment_dim", [(0, 9), (10, 0)])
 @pytest.mark.parametrize("arch", NETS)
 def test_a_genuine_pickle_gives_the_same_denoiser(
-    arch, label_dim, augment_dim, protocol, tmp_path, cache
+    arch, label_dim, augment_dim, protocol, layout, tmp_path, cache
 ):
     more = {"model_channels": 64, "channel_mult": [1, 1]} if arch == "adm" else {}
     value, original = edm_object(arch, label_dim, augment_dim, **more)
+    relaid(value["ema"], layout)
+    if layout == "float16":
+        original.half().float()
+    original.to(memory_format=torch.channels_last)  # as the teacher is, for the last digits
     path = written(tmp_path, dump(value, protocol))
     x, sigma = torch.randn(3, 3, 16, 16), torch.tensor([0.01, 1.0, 70.0])
     labels = torch.tensor([1, 0, 9]) if label_dim else None
@@ -194,7 +90,7 @@ def test_a_genuine_pickle_gives_the_same_denoiser(
         expected = original(x, sigma, labels)
     for _ in range(2):  # the second time from the copy in our own format
         loaded = load_teacher(path, "folder", CPU)
-        torch.testing.assert_close(loaded(x, sigma, labels), expected, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(loaded(x, sigma, labels), expected, rtol=0, atol=2e-6)
         assert loaded.arch == arch
         assert loaded.net.label_dim == label_dim and loaded.net.augment_dim == augment_dim
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
@@ -202,6 +98,21 @@ def test_a_genuine_pickle_gives_the_same_denoiser(
     assert len(copies) == 1
     copy = load_teacher(str(copies[0]), "folder", CPU)
     assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), original.parameters()))
+
+
+@pytest.mark.parametrize("protocol", [3, 5])
+@pytest.mark.parametrize("layout", ["float64", "channels_last", "transposed"])
+@pytest.mark.parametrize("arch", NETS)
+def test_weights_in_any_dense_order_are_read(arch, layout, protocol, tmp_path, cache):
+    more = {"model_channels": 64, "channel_mult": [1, 1]} if arch == "adm" else {}
+    value, original = edm_object(arch, 10, 9, **more)
+    relaid(value["ema"], layout)
+    if layout != "float64":
+        weights = value["ema"]._modules["model"]._modules["map_layer0"]._parameters
+        assert weights["weight"].is_contiguous() == (layout == "channels_last")
+    found = read_edm_pickle(written(tmp_path, dump(value, protocol)))["weights"]
+    for name, weight in original.state_dict().items():
+        assert torch.equal(found[name].float(), weight) and found[name].is_contiguous()
 
 
 def test_all_five_public_configurations_fit_strictly(cache, monkeypatch):
@@ -248,66 +159,11 @@ def test_a_full_size_cifar10_pickle(tmp_path, cache):
 # ------------------------------------------------------------------------------- refusing
 
 
-class Call:
-    """Pickles as a call of any function."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-class Storage:
-    """A storage whose bytes are given."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __reduce__(self):
-        return torch.storage._load_from_bytes, (self.data,)
-
-
-def saved(tensor, **options):
-    buffer = io.BytesIO()
-    options = {"_use_new_zipfile_serialization": False} | options
-    with warnings.catch_warnings(action="ignore"):  # torch itself saves its deprecated storages
-        torch.save(tensor.storage(), buffer, **options)
-    return buffer.getvalue()
-
-
-def with_weight(tensor):
-    value, _ = edm_object()
-    value["ema"]._modules["model"]._modules["map_layer0"]._parameters["weight"] = tensor
-    return value
-
-
-class Opaque:
-    """Anything that pickles to what is given, in the place of a weight."""
-
-    def __init__(self, reduced):
-        self.reduced = reduced
-
-    def __reduce__(self):
-        return self.reduced
-
-
-def tensor_of(storage, offset, size, stride):
-    arguments = storage, offset, size, stride, False, collections.OrderedDict()
-    return Opaque((torch._utils._rebuild_tensor_v2, arguments))
-
-
 def nested(depth):
     value = b"\x80\x02" + b"(" * 0
     return value + b"]" * depth + b"a" * (depth - 1) + b"."
 
 
-def vector_of(data):
-    """A weight of 4 values whose storage has these bytes."""
-    return tensor_of(Storage(data), 0, (4,), (1,))
-
-
-small = Storage(saved(torch.zeros(4)))
 MALICIOUS = {
     "os.system": (Call(os.system, "touch HACKED"), "system"),
     "a call inside the state": (with_weight(Call(os.system, "touch HACKED")), "system"),

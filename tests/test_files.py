@@ -120,7 +120,7 @@ class Malice:
         return os.mkdir, (self.path,)
 
 
-def test_foreign_files_are_refused_and_never_executed(tmp_path):
+def test_foreign_files_are_refused_and_never_executed(tmp_path, monkeypatch):
     trap = tmp_path / "executed"
     names = ("raw", "zip", "pt", "list", "text", "empty", "cut")
     paths = {name: tmp_path / name for name in names}
@@ -140,6 +140,10 @@ def test_foreign_files_are_refused_and_never_executed(tmp_path):
         one_line(error)
     with pytest.raises(UsageError, match="nowhere.pt: no such checkpoint"):
         files.load_checkpoint(tmp_path / "nowhere.pt")
+    monkeypatch.setattr(files, "check_file", lambda path: None)
+    for name in ("raw", "zip"):  # nor without the check that comes first
+        with pytest.raises(UsageError, match=r"not a checkpoint of this project \(\w+Error\)$"):
+            files.load_checkpoint(paths[name])
     assert not trap.exists()
     pickle.loads(paths["raw"].read_bytes())
     assert trap.exists()  # the trap itself works

@@ -430,6 +430,13 @@ def test_resume_refuses_what_does_not_fit(tmp_path):
     save_checkpoint(tmp_path / "checkpoint.pt", "method", {**state, "fewstep": "other"})
     with pytest.raises(UsageError, match="--resume: .* belongs to other, not method"):
         train(tmp_path, **options)
+    for name in ("config", "parts", "rng", "seconds", "step"):
+        save_checkpoint(tmp_path / "checkpoint.pt", "method", {**state, name: "text"})
+        with pytest.raises(UsageError, match=f"checkpoint.pt has no usable '{name}'$"):
+            train(tmp_path, **options)
+    save_checkpoint(tmp_path / "checkpoint.pt", "method", {**state, "parts": {}})
+    with pytest.raises(UsageError, match="checkpoint.pt holds no "):
+        train(tmp_path, **options)
 
 
 def test_a_restored_run_does_not_keep_the_checkpoint_in_memory(tmp_path):

@@ -1,19 +1,29 @@
 """NVIDIA's public EDM checkpoints (.pkl), read without executing anything in them.
 
 Such a pickle holds whole objects and, by design, the source text of their classes, which
-unpickling would run. Here every object is only a record of the attributes it was saved with. From
-them the constructor's arguments and the weights are taken. A name outside the short list below is
-refused. The tensors of a file may not take more memory than the file has bytes.
+unpickling would run. `pickles.Machine` makes Records of what they were saved with; here the
+network's weights and its constructor's arguments are picked from these, and each is checked.
+The weights together may not take more memory than the file has bytes.
 """
-import collections
-import io
-import pickle
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from common import UsageError
+from common.machinery.claims import check_weights
+from common.machinery.pickles import (
+    PERSISTENT,
+    STORAGES,
+    TENSOR,
+    U8,
+    Machine,
+    Record,
+    Refused,
+    call_of,
+    check_view,
+    mapped_file,
+    one_line,
+    storage_claim,
+)
 
 PUBLIC = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
 NAMES = (  # the files of Karras et al. 2022, without ".pkl"
@@ -43,147 +53,163 @@ TAKEN = (  # constructor arguments that UNet takes as they are
     "channel_mult_noise",
     "resample_filter",
 )
+READER = 2  # raise it when the reader changes: conversions in the cache are made again
+MOST_BYTES = 2**31  # of a file; ImageNet-64's has 1.2 GB
+MOST_WEIGHTS = 5_000
 
-
-class Unpickler(pickle.Unpickler):
-    """Resolves the names in `allowed`, {(module, name): replacement}, and refuses every other.
-
-    `what`: the kind of thing that is read, for the message.
-    """
-
-    def __init__(self, file, allowed, what, **options):
-        super().__init__(file, **options)
-        self.allowed, self.what = allowed, what
-
-    def find_class(self, module, name):
-        try:
-            return self.allowed[module, name]
-        except KeyError:
-            message = f"it asks for {module}.{name}, which no {self.what} needs"
-            raise pickle.UnpicklingError(message) from None
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to objects outside the file")
-
-
-def encode(text, codec):
-    """_codecs.encode, by which old pickles write bytes."""
-    if codec not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"a text in {codec!r}")
-    return text.encode("latin1")
-
-
-class Record:
-    """Stands for any object of the pickle: the attributes it was saved with, as `state`."""
-
-    def __init__(self, class_name="", state=None):
-        self.class_name, self.state = class_name, state
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _Module(Record):
-    """torch's containers, which the pickle makes with __new__ and fills by __setstate__."""
-
-    def __new__(cls, *arguments):
-        return object.__new__(cls)
-
-
-def _persistent(meta):
-    """torch_utils.persistence: {"type", "version", "module_src", "class_name", "state"}.
-
-    The source stays unread.
-    """
-    if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
-        raise pickle.UnpicklingError("a persistent object without a state")
-    return Record(str(meta.get("class_name")), meta["state"])
-
-
-class _Dtype:
-    """numpy.dtype("f8", False, True) and its byte order, set afterwards; plain numbers only."""
-
-    def __init__(self, code, *_):
-        if code not in ("f8", "f4", "i8", "i4", "b1"):
-            raise pickle.UnpicklingError(f"a numpy scalar of type {code!r}")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state):
-        if state[1] == ">":
-            raise pickle.UnpicklingError("a big-endian number")
-
-
-def _scalar(kind, data):
-    return np.frombuffer(data, kind.dtype, count=1)[0].item()
-
-
-def _storage(data):
-    """torch.storage._load_from_bytes: a tensor's bytes in torch's old, uncompressed format."""
-    if data[:2] == b"PK":  # a small file could be anything in memory
-        raise pickle.UnpicklingError("a compressed tensor")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _tensor(storage, offset, size, stride, *_):
-    """torch._utils._rebuild_tensor_v2, dense only: no view is larger than its storage."""
-    dense = torch.empty(size, device="meta").stride() if 0 not in size else stride
-    end = offset + torch.Size(size).numel()
-    if tuple(stride) != tuple(dense) or offset < 0 or end > len(storage):
-        shape = f"shape {tuple(size)} and stride {tuple(stride)}"
-        raise pickle.UnpicklingError(f"a tensor of {shape} on {len(storage)} values")
-    empty = torch.empty(0, dtype=storage.dtype)
-    return empty.set_(storage.untyped(), offset, tuple(size), tuple(stride))
-
-
+PERSISTENT_OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
+PARAMETER = "torch._utils._rebuild_parameter"
+STORAGE = "torch.storage._load_from_bytes"
+SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+CONTAINERS = ("torch.nn.modules.container.ModuleDict", "torch.nn.modules.container.ModuleList")
 ALLOWED = {
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("torch.nn.modules.container", "ModuleDict"): _Module,
-    ("torch.nn.modules.container", "ModuleList"): _Module,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("builtins", "set"): set,
-    ("__builtin__", "set"): set,
-    ("numpy", "dtype"): _Dtype,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy._core.multiarray", "scalar"): _scalar,
-    ("_codecs", "encode"): encode,
+    PERSISTENT_OBJECT, PARAMETER, STORAGE, TENSOR, "numpy.dtype", *SCALARS, *CONTAINERS,
 }
 
 
-def _weights(module, prefix, found, depth=0):
-    """Collect name -> tensor of a module's record and of all below it."""
-    state = getattr(module, "state", None)
-    if not isinstance(state, dict) or depth > 20 or len(found) > 10_000:
-        raise pickle.UnpicklingError(f"{prefix or 'ema'} is not a module")
+def typed(value, kind, what):
+    """`value`, if it is exactly of that type; Refused otherwise."""
+    if type(value) is not kind:
+        raise Refused(f"{what} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _object(record, what):
+    """Class name and attributes of a persistent object or a container of torch.
+
+    A persistent object's only argument: {"type", "version", "module_src", "class_name", "state"}.
+    Its source stays unread.
+    """
+    if type(record) is Record and record.name in CONTAINERS:
+        return "", typed(record.state, dict, what)
+    if type(record) is not Record or record.name != PERSISTENT_OBJECT:
+        raise Refused(f"{what} is not a module")
+    meta = typed(record.args[0] if record.args else None, dict, what)
+    name = typed(meta.get("class_name"), str, "a class name")
+    return name[:100], typed(meta.get("state"), dict, what)
+
+
+# -------------------------------------------------------------------------------- weights
+
+
+def _storage(record):
+    """torch.storage._load_from_bytes: numpy's code of the type, the bytes of the values.
+
+    They are what torch.save once wrote: five pickles (a magic number, a version, the system, the
+    storage as a persistent id, its key), then the number of values and the values.
+    """
+    (data,) = call_of(record, STORAGE)
+    if not isinstance(data, (bytes, memoryview)):
+        raise Refused("a storage that is none")
+    if data[:2] == b"PK":  # a small file could be anything in memory
+        raise Refused("a compressed tensor")
+    machine = Machine(data, {*STORAGES, PERSISTENT}, "storage", most=100)  # of 51
+    magic, version, system = (machine.load() for _ in range(3))
+    known = (type(magic), type(version), type(system)) == (int, int, dict)
+    known = known and (magic, version) == (0x1950A86A20F9469CFC6C, 1001)
+    if not known or system.get("little_endian") is not True:
+        raise Refused("a storage that is not in torch's old format")
+    code, _, count = storage_claim(machine.load())
+    machine.load()
+    values = machine.data[machine.at + 8 :]
+    if machine.number(U8) != count or len(values) != count * np.dtype(code).itemsize:
+        raise Refused(f"a storage of {count} values has {len(values)} bytes")
+    return code, values
+
+
+def _array(value, what):
+    """A weight as a view of the file: a numpy array of any dense strides."""
+    if type(value) is Record and value.name == PARAMETER:
+        value = call_of(value, PARAMETER, 1)[0]
+    if type(value) is not Record or value.name != TENSOR:
+        raise Refused(f"{what} is not a tensor")
+    storage, offset, size, stride = call_of(value, TENSOR, 4)[:4]
+    code, values = _storage(storage)
+    if code == "V2":
+        raise Refused(f"{what} is in bfloat16")
+    width = np.dtype(code).itemsize
+    check_view(offset, size, stride, len(values) // width, dense=True)
+    if 0 in size:
+        return np.empty(size, code)
+    strides = [width * s if n > 1 else width for s, n in zip(stride, size)]
+    return np.ndarray(size, code, values, width * offset, strides)
+
+
+def _arrays(module, prefix="", found=None, seen=None):
+    """{name: array} of a module's record and of all below it.
+
+    Each record is visited once: shared ones could make a short file endless.
+    """
+    found, seen = {} if found is None else found, set() if seen is None else seen
+    what = prefix[:-1] or "ema"
+    if id(module) in seen:
+        raise Refused(f"{what} is a module in more than one place")
+    if prefix.count(".") > 30:
+        raise Refused(f"{what} is too deep")
+    seen.add(id(module))
+    _, state = _object(module, what)
     for kind in ("_parameters", "_buffers"):
-        for name, tensor in state[kind].items():
-            if isinstance(tensor, torch.Tensor):
-                found[f"{prefix}{name}"] = tensor.detach()
-            elif tensor is not None:
-                raise pickle.UnpicklingError(f"{prefix}{name} is not a tensor")
-    for name, child in state["_modules"].items():
+        for name, value in typed(state.get(kind), dict, f"{what}.{kind}").items():
+            name = f"{prefix}{typed(name, str, 'a name')}"
+            if value is not None:
+                found[name] = _array(value, name)
+            seen.add((kind, name))
+            if len(seen) > 2 * MOST_WEIGHTS:
+                raise Refused("it has too many weights")
+    for name, child in typed(state.get("_modules"), dict, f"{what}._modules").items():
         if child is not None:
-            _weights(child, f"{prefix}{name}.", found, depth + 1)
+            _arrays(child, f"{prefix}{typed(name, str, 'a name')}.", found, seen)
     return found
 
 
-def _arch_and_kwargs(net):
-    """A network's record -> name of our factory, its arguments."""
-    given = dict(net.state["_init_kwargs"])
-    selects = (net.class_name,)
-    if net.class_name != "DhariwalUNet":
-        embedding = given.get("embedding_type", "positional")
-        selects += (embedding, given.get("encoder_type", "standard"))
-    if selects not in SELECTS or given.get("decoder_type", "standard") != "standard":
-        kind = ", ".join(map(str, selects))
-        raise pickle.UnpicklingError(f"a network of the kind {kind} is not among ours")
-    if given["in_channels"] != given["out_channels"]:
-        raise pickle.UnpicklingError("its network has other output than input channels")
+def _weights(ema, most):
+    """{name: tensor} of the network's record, finite. Copies, of at most `most` bytes in all."""
+    arrays = _arrays(ema)
+    if sum(array.nbytes for array in arrays.values()) > most:
+        raise Refused("its weights are larger than the file")
+    weights = {name: torch.from_numpy(array.copy("C")) for name, array in arrays.items()}
+    check_weights(weights)
+    return weights
+
+
+# -------------------------------------------------------------------------------- arguments
+
+
+def _float(value, what):
+    """A number, or numpy's of 8 or 4 bytes: scalar(dtype("f8"), bytes)."""
+    if type(value) is Record and value.name in SCALARS:
+        kind, data = call_of(value, value.name, 2)[:2]
+        code = call_of(kind, "numpy.dtype", 1)[0]
+        if code not in ("f8", "f4", "i8", "i4") or typed(kind.state, tuple, what)[1] != "<":
+            raise Refused(f"{what} is a numpy scalar of an unknown type")
+        value = np.frombuffer(data, code, count=1)[0].item()
+    if type(value) not in (int, float):
+        raise Refused(f"{what} is not a number")
+    return float(value)
+
+
+def _arch_and_kwargs(record):
+    """A network's record -> name of our factory, its arguments. Their values are not checked."""
+    class_name, state = _object(record, "ema.model")
+    given = typed(state.get("_init_kwargs"), dict, "_init_kwargs")
+
+    def option(name):
+        return typed(given.get(name, "standard"), str, name)[:100]
+
+    selects = (class_name,)
+    if class_name != "DhariwalUNet":
+        embedding = typed(given.get("embedding_type", "positional"), str, "embedding_type")
+        selects += (embedding[:100], option("encoder_type"))
+    if selects not in SELECTS or option("decoder_type") != "standard":
+        kind = ", ".join(selects)
+        raise Refused(f"a network of the kind {kind} is not among ours")
+    sizes = ("img_resolution", "in_channels", "out_channels")
+    resolution, channels, out = (typed(given.get(name), int, name) for name in sizes)
+    if channels != out:
+        raise Refused("its network has other output than input channels")
     kwargs = {
-        "img_resolution": given["img_resolution"],
-        "img_channels": given["in_channels"],
+        "img_resolution": resolution,
+        "img_channels": channels,
         "label_dim": given.get("label_dim", 0),
         "augment_dim": given.get("augment_dim", 0),
     }
@@ -197,25 +223,26 @@ def _arch_and_kwargs(net):
 def read_edm_pickle(path):
     """An EDM checkpoint -> {"arch", "kwargs", "sigma_data", "weights"}, as in our teacher files.
 
-    Raises UsageError, in one line, if the file is missing, damaged, of another kind, or wants
-    anything to be executed.
+    Whether the weights fit the arguments is not checked here. Raises UsageError, in one line, if
+    the file is missing, damaged, of another kind, or wants anything to be executed.
     """
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"--teacher {path}: {error.strerror}") from None
-    try:
-        record = Unpickler(io.BytesIO(data), ALLOWED, "EDM checkpoint").load()
-        ema = record["ema"]
-        if ema.class_name != "EDMPrecond":
-            message = f"its network is a {ema.class_name!r}, not an EDMPrecond"
-            raise pickle.UnpicklingError(message)
-        weights = _weights(ema, "", {})
-        arch, kwargs = _arch_and_kwargs(ema.state["_modules"]["model"])
-        sigma_data = float(ema.state.get("sigma_data", 0.5))
+        data = mapped_file(path, MOST_BYTES)
+        root = typed(Machine(data, ALLOWED, "EDM checkpoint").load(), dict, "it")
+        if "ema" not in root:
+            raise Refused("it has no 'ema'")
+        class_name, state = _object(root["ema"], "ema")
+        if class_name != "EDMPrecond":
+            baseline = class_name in ("VPPrecond", "VEPrecond", "iDDPMPrecond")
+            kind = f"a baseline with {class_name}" if baseline else f"a {class_name!r}"
+            raise Refused(f"its network is {kind}; those with EDMPrecond are read")
+        model = typed(state.get("_modules"), dict, "ema._modules").get("model")
+        arch, kwargs = _arch_and_kwargs(model)
+        sigma_data = _float(state.get("sigma_data", 0.5), "sigma_data")
+        weights = _weights(root["ema"], len(data))
     except Exception as error:  # a foreign or damaged pickle raises anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(
-            f"--teacher {path}: not a readable EDM checkpoint ({reason}); nothing in it was run"
+            f"--teacher {path}: not a readable EDM checkpoint ({one_line(error)}); "
+            "nothing in it was run"
         ) from None
     return {"arch": arch, "kwargs": kwargs, "sigma_data": sigma_data, "weights": weights}

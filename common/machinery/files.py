@@ -3,16 +3,23 @@ import contextlib
 import hashlib
 import http.client
 import json
+import math
 import os
 import urllib.request
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock
 from tqdm import tqdm
 
 from common import UsageError
+from common.machinery.claims import check_file, check_weights
+from common.machinery.pickles import Refused, mapped_file, one_line
 
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of zips: others may ask for gigabytes
+MOST_JSON = 2**22  # bytes of a schedule.json or lambdas.json, which have thousands
 BAR = {"dynamic_ncols": True, "mininterval": 0.5}  # of every progress bar
 
 
@@ -87,14 +94,18 @@ def load_checkpoint(path, kind=None, what="checkpoint"):
     Raises UsageError when the file is missing, unreadable, not ours, or of another kind.
     """
     try:
+        check_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state.get("fewstep") if isinstance(state, dict) else None
+        if type(found) is not str or not found.isprintable() or len(found) > 100:
+            raise Refused("no 'fewstep' entry")
+        if "weights" in state:
+            check_weights(state["weights"])
     except FileNotFoundError:
         raise UsageError(f"{path}: no such {what}") from None
-    except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError
-        name = type(error).__name__
-        raise UsageError(f"{path}: not a checkpoint of this project ({name})") from None
-    if not isinstance(state, dict) or "fewstep" not in state:
-        raise UsageError(f"{path}: not a checkpoint of this project (no 'fewstep' entry)")
+    except Exception as error:  # zipfile and torch raise anything; torch's advice is not passed on
+        reason = one_line(error) if isinstance(error, Refused) else type(error).__name__
+        raise UsageError(f"{path}: not a checkpoint of this project ({reason})") from None
     if kind not in (None, state["fewstep"]):
         raise UsageError(f"{path}: this is a {state['fewstep']} checkpoint, not a {kind}")
     return state
@@ -138,15 +149,42 @@ def weights_digest(net):
 def read_json(path, option, what):
     """The dict in a JSON file of the user's. Raises UsageError that names the option."""
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(bytes(mapped_file(path, MOST_JSON)))
         if isinstance(value, dict):
             return value
         reason = f"holds a {type(value).__name__}"
-    except OSError as error:
-        reason = error.strerror
-    except ValueError as error:  # not JSON, not text
-        reason = f"{type(error).__name__}: {error}"
+    except (ValueError, RecursionError) as error:  # not JSON, not text
+        reason = one_line(error)
     raise UsageError(f"--{option} {path}: not {what} ({reason})")
+
+
+def read_npz(path, names, most):
+    """Arrays of numbers of an .npz. Raises Refused if together they have more than `most` bytes.
+
+    A few kilobytes can unpack to any size: an array's header is read first.
+    """
+    arrays = []
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            if archive.getinfo(f"{name}.npy").compress_type not in PACKINGS:
+                raise Refused("an unknown compression")
+            with archive.open(f"{name}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                if version not in ((1, 0), (2, 0)):
+                    raise Refused(f"an array of format {version}")
+                old = version == (1, 0)
+                read_header = np.lib.format.read_array_header_1_0
+                read_header = read_header if old else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read_header(file)
+                size = math.prod(shape) * dtype.itemsize
+                most -= size
+                if dtype.kind not in "biuf" or min(shape, default=0) < 0 or most < 0:
+                    raise Refused(f"`{name}` is {dtype} of shape {shape}: no numbers, or too many")
+                data = file.read(size + 1)  # to its end, where its checksum is tested
+                if len(data) != size:
+                    raise Refused(f"`{name}` has {len(data)} bytes, not {size}")
+            arrays.append(np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C"))
+    return arrays
 
 
 def read_numbers(path, option, what, names):
@@ -155,9 +193,11 @@ def read_numbers(path, option, what, names):
     try:
         tensors = [torch.tensor(saved[name], dtype=torch.float64) for name in names]
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UsageError(f"--{option} {path}: not {what} ({reason})") from None
     for name, tensor in zip(names, tensors):
+        if tensor.ndim != 1 or not len(tensor):
+            raise UsageError(f"--{option} {path}: `{name}` is not a list of numbers")
         if not tensor.isfinite().all():
             raise UsageError(f"--{option} {path}: `{name}` has values that are not finite")
     return tensors

@@ -3,6 +3,7 @@ import torch
 
 from common import UsageError
 from common.diffusion import Denoiser, expand, flow_from_edm, x0_from_velocity
+from common.machinery.pickles import one_line
 
 
 class FlowDenoiser(Denoiser):
@@ -29,12 +30,19 @@ def flow_state(checkpoint, path):
 
     Raises UsageError.
     """
+    try:
+        return _flow_state(checkpoint)
+    except Exception as error:  # a damaged file holds anything
+        raise UsageError(
+            f"--teacher {path}: a checkpoint of cud.py without its velocity ({one_line(error)})"
+        ) from None
+
+
+def _flow_state(checkpoint):
     config, prefix = checkpoint["config"], "cud.net."
     weights = checkpoint["parts"]["emas"]
     weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    if not weights:
-        raise UsageError(f"--teacher {path}: a checkpoint of cud.py without its velocity")
-    first = next(name for name in weights if name.startswith("enc."))  # enc.32x32_conv.weight
+    first = [name for name in weights if name.startswith("enc.")][0]  # enc.32x32_conv.weight
     names = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")
     kwargs = {name: config[name] for name in names}
     kwargs["img_resolution"] = int(first.removeprefix("enc.").split("x")[0])
@@ -43,4 +51,5 @@ def flow_state(checkpoint, path):
     kwargs["label_dim"] = label.shape[1]
     phi = config["phi"] if config["shakedrop"] else None
     weights = {f"model.{name}": value for name, value in weights.items()}
-    return {"arch": config["arch"], "kwargs": kwargs, "flow": {"phi": phi}, "weights": weights}
+    about = {"arch": config["arch"], "kwargs": kwargs, "flow": {"phi": phi}, "sigma_data": 0.5}
+    return {**about, "weights": weights}

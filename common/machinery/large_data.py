@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 import os
+import stat
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -19,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from common import UsageError
-from common.machinery.edm_pickle import Unpickler, encode
-from common.machinery.files import BAR, atomic_write, cache_dir, locked
+from common.machinery.files import BAR, PACKINGS, atomic_write, cache_dir, locked, read_npz
+from common.machinery.pickles import Machine, Record, Refused, call_of, mapped_file, one_line
 
 IMAGE_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm",
@@ -56,8 +57,8 @@ class Source:
                     first, self.shape = name, shape
                 if shape != self.shape:
                     raise UsageError(
-                        f"--data-dir {self.path}: {name} is {shape} (channels, height, width), "
-                        f"but {first} is {self.shape}; all must be the same"
+                        f"--data-dir {self.path}: {one_line(name)} is {shape} (channels, height, "
+                        f"width), but {one_line(first)} is {self.shape}; all must be the same"
                     )
                 self.labels.extend(labels)
                 yield np.ascontiguousarray(pixels)
@@ -75,7 +76,7 @@ def find_source(name, data_dir):
             "zip of EDM's dataset_tool or the folder with the batches of downsampled ImageNet"
         )
     path = Path(data_dir).resolve()
-    if not (path.is_dir() or zipfile.is_zipfile(path)):
+    if not (path.is_dir() or path.is_file() and zipfile.is_zipfile(path)):
         raise UsageError(f"--data-dir {path}: neither a folder nor a zip file")
     return path
 
@@ -83,7 +84,9 @@ def find_source(name, data_dir):
 def list_images(path):
     """The images of a folder or a zip, and a function that opens one of its files by name.
 
-    Names are sorted, relative to `path`, with "/". Raises UsageError where there are none.
+    Names are sorted, relative to `path`, with "/". Nothing of a zip is written to the disk, so a
+    name like "../a.png" leads nowhere. opener(name, most) raises Refused for more than `most`
+    bytes. Raises UsageError where there are none.
     """
     if path.is_dir():
         names = (
@@ -91,14 +94,31 @@ def list_images(path):
             for folder, _, files in os.walk(path)
             for file in files
         )
-        opener = lambda name: open(path / name, "rb")
+        opener = functools.partial(_open_file, path)
     else:
-        archive = zipfile.ZipFile(path)
-        names, opener = archive.namelist(), archive.open
+        try:
+            archive = zipfile.ZipFile(path)
+        except Exception as error:  # a damaged one raises anything
+            raise UsageError(f"--data-dir {path}: a damaged zip ({one_line(error)})") from None
+        names, opener = archive.namelist(), functools.partial(_open_packed, archive)
     images = sorted(name for name in names if _is_image(name))
     if not images:
         raise UsageError(f"--data-dir {path}: no images in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
     return images, opener
+
+
+def _open_file(path, name, most):
+    status = os.stat(path / name)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > most:  # a pipe would wait for its end
+        raise Refused(f"not a file of at most {most:,} bytes")
+    return open(path / name, "rb")
+
+
+def _open_packed(archive, name, most):
+    entry = archive.getinfo(name)
+    if entry.compress_type not in PACKINGS or entry.file_size > most:
+        raise Refused(f"not a stored or deflated file of at most {most:,} bytes")
+    return archive.open(entry)
 
 
 def _is_image(name):
@@ -238,13 +258,14 @@ def _class_numbers(path):
     The usual number is the rank of the class's WordNet id. Lines: "n02119789 1 kit_fox".
     """
     try:
-        words = [line.split() for line in path.read_text().splitlines()]
+        text = bytes(mapped_file(path, 2**20)).decode()
+        words = [line.split() for line in text.splitlines()]
         classes = sorted((int(number), wordnet) for wordnet, number, *_ in words)
         numbers, ids = [n for n, _ in classes], [wordnet for _, wordnet in classes]
         if numbers != list(range(1, 1001)) or len(set(ids)) != 1000:
             raise ValueError("not the classes 1 ... 1000")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except ValueError as error:
+        reason = one_line(error)
         raise UsageError(
             f"--data-dir {path.parent}: {path.name} is missing or unreadable ({reason}); it names "
             "the classes and comes with github.com/PatrykChrabaszcz/Imagenet32_Scripts"
@@ -267,59 +288,65 @@ def read_batch(file):
         if not fits or labels.min() < 1 or labels.max() > 1000:
             raise ValueError(f"its labels are not {len(pixels)} numbers from 1 to 1000")
     except Exception as error:  # a foreign or damaged file raises anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UsageError(
-            f"--data-dir {file}: not a readable batch of downsampled ImageNet ({reason}); "
+            f"--data-dir {file}: not a readable batch of downsampled ImageNet ({one_line(error)}); "
             "nothing in it was run"
         ) from None
     return pixels.reshape(-1, 3, k, k), labels
 
 
 def _npz(file):
-    with np.load(file, allow_pickle=False) as batch:
-        return batch["data"], batch["labels"]
+    return read_npz(file, ("data", "labels"), max(2**28, 8 * file.stat().st_size))
 
 
 def _pickled(file):
-    with open(file, "rb") as opened:
-        batch = Unpickler(opened, ALLOWED, "array", encoding="latin1").load()
-    values = batch["data"], batch["labels"]
-    return [_array(value) if isinstance(value, _Inert) else value for value in values]
+    data = mapped_file(file, 2**33)  # with 128,116 labels: of numpy, they take 8 opcodes each
+    batch = Machine(data, ALLOWED, "batch of ImageNet", most=1_200_000).load()
+    if type(batch) is not dict or "data" not in batch or "labels" not in batch:
+        raise Refused("it is no dict with data and labels")
+    labels = batch["labels"]
+    if type(labels) is list:
+        labels = [_number(label) for label in labels]
+    elif type(labels) is Record:
+        labels = _array(labels)
+    else:
+        raise Refused(f"its labels are a {type(labels).__name__}")
+    return _array(batch["data"]), labels
 
 
-class _Inert:
-    """A dtype or an array of a pickle: only what it was saved with.
-
-    numpy's own __setstate__ does not check its arguments.
-    """
-
-    def __init__(self, *arguments):
-        self.arguments = arguments
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-def _numbers(dtype, data):
+def _numbers(kind, data):
+    """Numbers of a numpy.dtype record in the bytes `data`."""
+    code = call_of(kind, "numpy.dtype", 1)[0]
+    if type(code) is not str or code not in CODES or type(kind.state) is not tuple:
+        raise Refused("an array of an unknown type")
     if isinstance(data, str):  # from Python 2
         data = data.encode("latin1")
-    return np.frombuffer(data, np.dtype(dtype.arguments[0]).newbyteorder(dtype.state[1]))
+    order = kind.state[1]
+    if type(order) is not str or order not in ("<", ">", "|"):
+        raise Refused("an array of an unknown byte order")
+    return np.frombuffer(data, np.dtype(code).newbyteorder(order))
 
 
 def _array(record):
-    _, shape, dtype, fortran, data = record.state
-    return _numbers(dtype, data).reshape(shape, order="F" if fortran else "C")
+    """An array: a Record whose state is (version, shape, dtype, Fortran's order, bytes)."""
+    if type(record) is not Record or not record.name.endswith("._reconstruct"):
+        raise Refused(f"a {type(record).__name__} in place of an array")
+    _, shape, kind, fortran, data = record.state
+    if type(shape) is not tuple or not all(type(n) is int and n >= 0 for n in shape):
+        raise Refused("an array without a shape")
+    return _numbers(kind, data).reshape(shape, order="F" if fortran is True else "C")
 
 
-def _scalar(dtype, data):
-    return _numbers(dtype, data)[0]
+def _number(label):
+    """A label: an int, or numpy's."""
+    if type(label) is Record and label.name.endswith(".scalar"):
+        label = _numbers(*label.args)[0].item()
+    if type(label) is not int:
+        raise Refused("its labels are not numbers from 1 to 1000")
+    return label
 
 
-ALLOWED = {
-    ("numpy", "dtype"): _Inert,
-    ("numpy", "ndarray"): None,
-    ("_codecs", "encode"): encode,
-}
+CODES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "b1")
+ALLOWED = {"numpy.dtype", "numpy.ndarray"}
 for _numpy in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and since version 2
-    ALLOWED[_numpy, "_reconstruct"] = _Inert
-    ALLOWED[_numpy, "scalar"] = _scalar
+    ALLOWED |= {f"{_numpy}._reconstruct", f"{_numpy}.scalar"}

@@ -3,11 +3,10 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-
 from common import UsageError
-from common.machinery.edm_pickle import NAMES, PUBLIC, read_edm_pickle
+from common.machinery.edm_pickle import MOST_BYTES, NAMES, PUBLIC, READER, read_edm_pickle
 from common.machinery.files import cache_dir, download, locked, save_checkpoint, save_json
+from common.machinery.pickles import Refused, mapped_file
 
 
 def is_public(spec):
@@ -19,7 +18,8 @@ def convert_public(spec, check):
     """Short name, URL or path of a public .pkl -> the path of a checkpoint in our own format.
 
     A download's size and SHA-256 are recorded beside it, and checked when it is read again.
-    check(state, path) raises for weights that fit no network. Raises UsageError.
+    check(state, path) raises for weights that fit no network. A conversion in the cache is found by
+    the file's digest and the reader's number. Raises UsageError.
     """
     url = f"{PUBLIC}{spec}.pkl" if spec in NAMES else spec if "://" in spec else None
     path = cache_dir() / Path(url).name if url else Path(spec)
@@ -29,9 +29,9 @@ def convert_public(spec, check):
         if url:
             download(url, path, f"--teacher {spec}")
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise UsageError(f"--teacher {path}: {error.strerror}") from None
+            data = mapped_file(path, MOST_BYTES)
+        except Refused as error:
+            raise UsageError(f"--teacher {path}: {error}") from None
         found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         if fresh:
             save_json(record, found)
@@ -40,10 +40,9 @@ def convert_public(spec, check):
                 f"--teacher {spec}: {path} is no longer the file that was downloaded "
                 f"({record.name}); delete it"
             )
-        converted = cache_dir() / f"{path.stem}-{found['sha256'][:8]}.pt"
+        converted = cache_dir() / f"{path.stem}-{found['sha256'][:16]}-reader{READER}.pt"
         if not converted.exists():
             state = read_edm_pickle(path)
-            with torch.random.fork_rng([]):  # only this rank, and only this time, draws weights
-                check(state, path)
+            check(state, path)
             save_checkpoint(converted, "teacher", {**state, "dataset": None})
     return converted

@@ -188,6 +188,8 @@ class Run:
         if self.restored:
             saved = self.restored.pop("parts")  # not kept in memory
             for name, part in parts.items():
+                if name not in saved:
+                    raise UsageError(f"--resume: {self.out / 'checkpoint.pt'} holds no {name!r}")
                 part.load_state_dict(saved[name])
             rng = self.restored["rng"]
             torch.set_rng_state(rng["cpu"])
@@ -289,6 +291,10 @@ class Run:
         state = load_checkpoint(path)
         if state["fewstep"] != self.method:
             raise UsageError(f"--resume: {path} belongs to {state['fewstep']}, not {self.method}")
+        kinds = {"config": dict, "parts": dict, "rng": dict, "seconds": float, "step": int}
+        for name, kind in kinds.items():
+            if not isinstance(state.get(name), kind):
+                raise UsageError(f"--resume: {path} has no usable {name!r}")
         for name, value in self._options().items():
             saved = state["config"].get(name)
             if saved != value:

@@ -1,0 +1,490 @@
+"""Other files from strangers: our own checkpoints, JSON, npz, images, downsampled ImageNet.
+
+As in test_foreign_pickles: one line, soon, in little memory.
+"""
+
+import io
+import os
+import random
+import struct
+import zipfile
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from guarded import one_line_refusal
+from opcodes import doubled, pickled, text
+from PIL import Image
+
+from common import UsageError, unet
+from common.datasets import load_dataset
+from common.diffusion import Denoiser
+from common.fid import load_moments
+from common.machinery.claims import check_shapes
+from common.machinery.files import load_checkpoint, save_checkpoint
+from common.machinery.schedule import load_schedule
+from common.teacher import load_teacher
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures in /proc")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(tmp_path, data, name):
+    (tmp_path / name).write_bytes(data)
+    return str(tmp_path / name)
+
+
+def read(path):
+    return load_teacher(path, "folder", CPU)
+
+
+# ------------------------------------------------------------------------- our own checkpoints
+
+
+def teacher_file(tmp_path, change=lambda state: None):
+    """A small teacher's checkpoint, of which `change` has altered the state."""
+    path = tmp_path / "teacher.pt"
+    kwargs = dict(model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    kwargs |= dict(img_resolution=8, img_channels=1)
+    state = {"arch": "ddpmpp", "kwargs": kwargs, "sigma_data": 0.5, "dataset": None}
+    state["weights"] = dict(Denoiser(unet.ddpmpp(**kwargs)).state_dict())
+    change(state)
+    save_checkpoint(path, state.pop("fewstep", "teacher"), state)
+    return path
+
+
+def claims(**claimed):
+    return lambda state: state["kwargs"].update(claimed)
+
+
+def weight(value):
+    return lambda state: state["weights"].update({"model.map_layer0.bias": value})
+
+
+def without(name):
+    return lambda state: state.pop(name)
+
+
+OURS = {
+    "num_blocks 10^7": (claims(num_blocks=10**7), "num_blocks is 10000000"),
+    "num_blocks 1000": (claims(num_blocks=1000), "claims 2001 blocks"),
+    "model_channels 8192": (claims(model_channels=8192), "do not fit"),
+    "label_dim 10^6": (claims(label_dim=10**6), "do not fit"),
+    "channel_mult ()": (claims(channel_mult=()), "channel_mult is empty"),
+    "an unknown argument": (claims(family=None), "unknown argument family"),
+    "an argument of another type": (claims(dropout=[0.1]), "dropout is a list"),
+    "a tensor as argument": (claims(num_blocks=torch.tensor(1)), "num_blocks is a Tensor"),
+    "no arguments": (without("kwargs"), "its arguments are a NoneType"),
+    "no weights": (without("weights"), "with 0 weights"),
+    "no kind": (without("arch"), "its network is none of"),
+    "an unknown kind": (lambda s: s.update(arch="dit"), "its network is none of ddpmpp, ncsnpp"),
+    "a pair nested as key": (lambda s: s.update({("a", ("b", 1)): 1}), "a key that is a tuple"),
+    "a list of kinds": (lambda s: s.update(arch=["ddpmpp"]), "not a usable teacher"),
+    "a list of weights": (lambda s: s.update(weights=[1]), "its weights are a list"),
+    "a number as weight": (weight(1.0), "not all tensors"),
+    "another shape": (weight(torch.zeros(3)), "model.map_layer0.bias: (3,), not (32,)"),
+    "a weight too many": (lambda s: s["weights"].update(more=torch.zeros(3)), "more: (3,), not no"),
+    "a weight missing": (lambda s: s["weights"].popitem(), "missing, not"),
+    "NaN": (weight(torch.full((32,), np.nan)), "map_layer0.bias has values that are not finite"),
+    "10^300": (weight(torch.full((32,), 1e300, dtype=torch.float64)), "not finite"),
+    "sigma_data 0": (lambda s: s.update(sigma_data=0), "sigma_data is 0"),
+    "sigma_data 10^300": (lambda s: s.update(sigma_data=10**300), "sigma_data is 1000"),
+    "a kind of many lines": (lambda s: s.update(fewstep="a\n" * 10**6), "no 'fewstep' entry"),
+    "sigma_data a tensor": (lambda s: s.update(sigma_data=torch.tensor(1.0)), "is no number"),
+    "a view of 10^12 values": (
+        weight(torch.zeros(1).expand(10**6, 10**6)), "tensors much larger than the file"),
+    "complex numbers": (weight(torch.zeros(32, dtype=torch.complex64)), "ComplexFloatStorage"),
+    "a sparse tensor": (weight(torch.zeros(2**15, 2**15).to_sparse()), "_rebuild_sparse"),
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_a_hostile_checkpoint_of_ours_is_refused(case, tmp_path):
+    change, said = OURS[case]
+    path = teacher_file(tmp_path, change)
+    one_line_refusal(lambda: read(str(path)), said, str(path))
+
+
+def rewritten(path, change, packing=zipfile.ZIP_STORED):
+    """The same zip with change(name, content) in place of each entry's content."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(name, content))
+
+
+def in_place_of_all(code):
+    """A change of a checkpoint: these opcodes as its pickle."""
+    def change(name, content):
+        return pickled(code) if name.endswith("data.pkl") else content
+    return change
+
+
+PACKED = {
+    "deflated": (lambda name, content: content, zipfile.ZIP_DEFLATED, "a zip that torch did not"),
+    "os.system": (in_place_of_all(b"cos\nsystem\n" + text("touch x") + b"\x85R"), 0, "os.sys"),
+    "bytearray(2^31)": (
+        in_place_of_all(b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R"), 0, "bytearray"),
+    "another length": (
+        lambda name, content: content[:-1] if name.endswith("/data/0") else content, 0,
+        "a storage of another size"),
+    "a tuple 100,000 deep as key": (
+        in_place_of_all(b"})" + b"\x85" * 100_000 + b"Ns"), 0, "a key that is a tuple"),
+    "a list 50,000 deep": (
+        in_place_of_all(b"]" * 50_000 + b"a" * 49_999), 0, "no 'fewstep'"),
+    "a tuple 300,000 deep as kind of network": (
+        in_place_of_all(
+            b"}" + text("fewstep") + text("teacher") + b"s" + text("arch") + b")"
+            + b"\x85" * 300_000 + b"s"), 0, None),
+    "damaged": (
+        lambda name, content: bytes(9) if name.endswith("data.pkl") else content, 0,
+        "is in no checkpoint"),
+    "no pickle": (lambda name, content: b"", 0, "damaged at byte 0"),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_a_zip_that_torch_would_fill_memory_with_is_refused(case, tmp_path):
+    change, packing, said = PACKED[case]
+    path = teacher_file(tmp_path)
+    rewritten(path, change, packing)
+    one_line_refusal(lambda: read(str(path)), said or "its network is none of", str(path))
+    if said:
+        one_line_refusal(lambda: load_checkpoint(path), said, str(path))
+
+
+def test_a_zip_with_two_pickles_is_refused(tmp_path):
+    """Which of them torch would read, zipfile cannot know."""
+    path = teacher_file(tmp_path)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        archive.writestr(name, archive.read(name))
+    one_line_refusal(lambda: read(str(path)), "a zip that torch did not write")
+
+
+def test_other_files_as_checkpoints(tmp_path):
+    path = teacher_file(tmp_path)
+    whole = path.read_bytes()
+    os.mkfifo(tmp_path / "pipe.pt")
+    one_line_refusal(lambda: read(str(tmp_path / "pipe.pt")), "not a file")
+    for name, data in {
+        "cut": whole[:-100],
+        "half": whole[: len(whole) // 2],
+        "empty": b"",
+        "zeros": bytes(10**6),
+        "shifted": b"more" + whole,
+    }.items():
+        one_line_refusal(lambda: read(write(tmp_path, data, f"{name}.pt")), name)  # noqa: B023
+    torch.save({"fewstep": "teacher"}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    one_line_refusal(lambda: read(str(tmp_path / "old.pt")), "old.pt: not a checkpoint")
+
+
+@pytest.mark.parametrize("make", [unet.ddpmpp, unet.ncsnpp, unet.adm])
+def test_a_claim_is_checked_without_random_draws(make):
+    """Else a teacher's file would change the run that reads it."""
+    kwargs = dict(img_resolution=8, img_channels=1, model_channels=64, channel_mult=[1])
+    kwargs |= dict(num_blocks=1, attn_resolutions=[8], label_dim=3)
+    shapes = {name: tuple(w.shape) for name, w in make(**kwargs).state_dict().items()}
+    before = torch.get_rng_state()
+    check_shapes(make, kwargs, shapes)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_checkpoints_of_every_kind_of_tensor_are_read(tmp_path):
+    state = {
+        "half": torch.ones(3).half(),
+        "bool": torch.tensor(True),
+        "bytes": torch.get_rng_state(),
+        "bfloat16": torch.ones(3, dtype=torch.bfloat16),
+        "channels_last": torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "row": torch.rand(5, 6)[:, 2],
+        "expanded": torch.ones(1).expand(9, 9),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "state": torch.nn.Linear(2, 3).state_dict(),
+        "none": torch.zeros(0, 3),
+        "shape": torch.Size([1, 2]),
+        ("ddim", 4): {"a", 7},
+        0: [1.5, None, -(10**30), (True,)],
+    }
+    save_checkpoint(tmp_path / "a.pt", "mine", {"all": state})
+    back = load_checkpoint(tmp_path / "a.pt", "mine")["all"]
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(back[name], value) and back[name].dtype == value.dtype
+            assert back[name].stride() == value.stride()
+        elif name != "state":
+            assert back[name] == value
+
+
+# ---------------------------------------------------------------------------------- JSON and npz
+
+
+NUMBERS = '{"sigmas": %s, "sigmas_net": [80, 1, 0]}'
+JSON = {
+    "200,000 deep": ("[" * 200_000, "recursion"),
+    "a dict 200,000 deep": ('{"a":' * 200_000, "recursion"),
+    "nested numbers": (NUMBERS % ("[" * 400 + "1" + "]" * 400), "too many dimensions"),
+    "NaN": (NUMBERS % "[80, NaN, 0]", "`sigmas` has values that are not finite"),
+    "1e999": (NUMBERS % "[1e999, 1, 0]", "not finite"),
+    "10^5000": (NUMBERS % f"[{'1' * 5000}, 1, 0]", "digits"),
+    "10^300": (NUMBERS % f"[{'1' * 300}, 1, 0]", "has 3 levels from sigma 1.11111e+299"),
+    "texts": (NUMBERS % '["80", "1", "0"]', "too many dimensions"),
+    "a number": (NUMBERS % "80", "`sigmas` is not a list of numbers"),
+    "an empty list": (NUMBERS % "[]", "`sigmas` is not a list of numbers"),
+    "rising": (NUMBERS % "[1, 2, 0]", "strictly decreasing"),
+    "400,000 numbers": (NUMBERS % str([1.5] * 400_000), "400000 levels"),
+    "a list": ("[1, 2]", "holds a list"),
+    "no list of the name": ('{"sigmas": [80, 1, 0]}', "KeyError"),
+    "5 MB": (NUMBERS % "[80, 1, 0]" + " " * 5_000_000, "bytes, not 1 to"),
+    "no text": ("\udcff\udcfe\x00", "--schedule"),
+    "no file": (None, "No such file"),
+}
+
+
+@pytest.mark.parametrize("case", JSON)
+def test_a_hostile_schedule_is_refused(case, tmp_path):
+    words, said = JSON[case]
+    path = tmp_path / "schedule.json"
+    if words is not None:
+        path.write_bytes(words.encode("utf-8", "surrogateescape"))
+    example = torch.tensor([80.0, 1.0, 0.0], dtype=torch.float64)
+    one_line_refusal(lambda: load_schedule(path, example), said, str(path))
+
+
+def header(shape, dtype="<f8", version=b"\x01\x00"):
+    words = repr({"descr": dtype, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return b"\x93NUMPY" + version + struct.pack("<H", len(words)) + words
+
+
+def npz(path, packing=zipfile.ZIP_DEFLATED, **entries):
+    """An .npz with arrays, or with the bytes of an entry."""
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        for name, value in entries.items():
+            if not isinstance(value, bytes):
+                buffer = io.BytesIO()
+                np.save(buffer, value, allow_pickle=True)
+                value = buffer.getvalue()
+            archive.writestr(f"{name}.npy", value)
+    return path
+
+
+def moments(size=4, **changes):
+    return {"mu": np.zeros(size), "sigma": np.eye(size)} | changes
+
+
+LOPSIDED = np.eye(4) + np.eye(4, k=1)
+NPZ = {
+    "a bomb in its head": (moments(sigma=header((2**20, 2**20))), "no numbers, or too many"),
+    "a real bomb": (moments(sigma=header((2**14, 2**13)) + bytes(2**27)), "too many"),
+    "fewer values than its head says": (moments(sigma=header((4, 4)) + bytes(8)), "8 bytes, not"),
+    "a negative shape": (moments(sigma=header((-4, -4)) + bytes(128)), "no numbers, or too many"),
+    "a head that is code": (moments(sigma=header("__import__('os')")), "`mu` and `sigma`"),
+    "format 3": (moments(sigma=header((4, 4), version=b"\x03\x00")), "`mu` and `sigma`"),
+    "objects": (moments(mu=np.array([print] * 4)), "no numbers"),
+    "texts": (moments(mu=np.array(["a"] * 4)), "no numbers"),
+    "complex": (moments(mu=np.zeros(4, complex)), "no numbers"),
+    "NaN": (moments(mu=np.full(4, np.nan)), "no mean or covariance"),
+    "infinite": (moments(sigma=np.full((4, 4), np.inf)), "no mean or covariance"),
+    "lopsided": (moments(sigma=LOPSIDED), "no mean or covariance"),
+    "another shape": (moments(sigma=np.eye(5)), "moments of 4 features"),
+    "a scalar": (moments(mu=np.float64(1)), "features"),
+    "no sigma": ({"mu": np.zeros(4)}, "`mu` and `sigma`"),
+}
+
+
+@pytest.mark.parametrize("case", NPZ)
+def test_hostile_moments_are_refused(case, tmp_path):
+    entries, said = NPZ[case]
+    path = npz(tmp_path / "ref.npz", **entries)
+    extractor = SimpleNamespace(dim=4, name="some-features")
+    one_line_refusal(lambda: load_moments(path, extractor), said, f"--reference {path}")
+
+
+def test_moments_of_an_unknown_compression_are_refused(tmp_path):
+    """LZMA's head may ask for gigabytes."""
+    path = npz(tmp_path / "ref.npz", zipfile.ZIP_LZMA, **moments())
+    extractor = SimpleNamespace(dim=4, name="some-features")
+    one_line_refusal(lambda: load_moments(path, extractor), "unknown compression")
+
+
+# -------------------------------------------------------------------------------------- images
+
+
+def png(size=4, mode="L"):
+    file = io.BytesIO()
+    Image.new(mode, (size, size)).save(file, "png")
+    return file.getvalue()
+
+
+def chunk(kind, content):
+    crc = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+def png_of(width, height, more=b""):
+    """A PNG that claims a size."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + more + chunk(b"IDAT", b"x\x9c\x03\x00\x00\x00\x00\x01")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n(HACKED) (w) file closefile\n%%EOF\n"
+IMAGES = {
+    "5,000 pixels wide": (png_of(5_000, 5_000), "at most 4096 pixels wide"),
+    "10,000 pixels wide": (png_of(10_000, 10_000), "at most 4096 pixels wide"),  # PIL would warn
+    "30,000 pixels wide": (png_of(30_000, 30_000), "not a readable image"),
+    "2^31 pixels wide": (png_of(2**31 - 1, 2**31 - 1), "not a readable image"),
+    "no pixels": (png_of(64, 64), "not a readable image"),
+    "cut": (png(64)[:-30], "not a readable image"),
+    "no image": (b"<html>404</html>", "not a readable image"),
+    "a program": (EPS, "cannot identify image file"),
+    "a long chunk": (png_of(4, 4, chunk(b"zTXt", bytes(2**26))), "at most 67,108,864 bytes"),
+    "empty": (b"", "not a readable image"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", IMAGES)
+def test_a_hostile_image_is_refused(case, packed, tmp_path):
+    content, said = IMAGES[case]
+    source = tmp_path / "images"
+    if packed:
+        with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.png", content)
+    else:
+        source.mkdir()
+        (source / "a.png").write_bytes(content)
+    one_line_refusal(lambda: load_dataset("folder", "train", source), "a.png", said)
+
+
+def test_a_pipe_among_images_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    one_line_refusal(lambda: load_dataset("folder", "train", tmp_path), "not a file")
+
+
+def zipped(path, entries, packing=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", packing) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_names_that_lead_out_of_a_zip_lead_nowhere(tmp_path):
+    names = ("../out.png", "/tmp/out.png", "a/../../out.png")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = zipped(folder / "images.zip", dict.fromkeys(names, png()))
+    before = set(tmp_path.rglob("*"))
+    assert load_dataset("folder", "train", path).images.shape == (3, 1, 4, 4)
+    after = {file for file in tmp_path.rglob("*") if "cache" not in file.parts}
+    assert after <= before
+
+
+def test_a_name_that_would_write_on_the_terminal_is_shown_as_text(tmp_path):
+    path = zipped(tmp_path / "images.zip", {"a\n\x1b[2J.png": b"no image"})
+    one_line_refusal(lambda: load_dataset("folder", "train", path), "[2J.png is not a readable")
+
+
+def labelled(words):
+    return {"a.png": png(), "dataset.json": words}
+
+
+ZIPS = {
+    "deep": (labelled("[" * 200_000), "dataset.json is not"),
+    "60 MB of lists": (labelled("[" + "[]," * 20_000_000), "at most 16,777,216 bytes"),
+    "15 MB of lists": (labelled("[" + "[]," * 5_000_000), "more lists than images"),
+    "a class of 10^9": (labelled('{"labels": [["a.png", 1000000000]]}'), "class numbers must"),
+    "a negative class": (labelled('{"labels": [["a.png", -1]]}'), "class numbers must"),
+    "an infinite class": (labelled('{"labels": [["a.png", 1e999]]}'), "dataset.json is not"),
+    "a class NaN": (labelled('{"labels": [["a.png", NaN]]}'), "dataset.json is not"),
+    "labels that are text": (labelled('{"labels": "all"}'), "dataset.json is not"),
+    "a list": (labelled("[1]"), "dataset.json is not"),
+    "no JSON": (labelled(b"\xff\xff"), "dataset.json is not"),
+}
+
+
+@pytest.mark.parametrize("case", ZIPS)
+def test_a_hostile_zip_is_refused(case, tmp_path):
+    entries, said = ZIPS[case]
+    path = zipped(tmp_path / "images.zip", entries)
+    one_line_refusal(lambda: load_dataset("folder", "train", path), str(path), said)
+
+
+def test_a_damaged_zip_is_refused(tmp_path):
+    data = zipped(tmp_path / "images.zip", {"a.png": png(64)}).read_bytes()
+    rng = random.Random(0)
+    for _ in range(30):
+        path = tmp_path / "damaged.zip"
+        damaged = bytearray(data)
+        for _ in range(3):
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_dataset("folder", "train", path)
+        except UsageError as error:
+            assert str(error).isprintable()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.png", png())
+    one_line_refusal(lambda: load_dataset("folder", "train", path), "stored or deflated")
+
+
+# ------------------------------------------------------------------------- downsampled ImageNet
+
+
+def array_code(shape, dtype, data, order=b"|"):
+    """The opcodes of an array (1-d or 2-d) of numpy."""
+    code = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n)" + text("b") + b"tR("
+    code += b"K\x01(" + b"".join(b"J" + struct.pack("<i", n) for n in shape) + b"t"
+    code += b"cnumpy\ndtype\n" + text(dtype) + b"\x85R(K\x03" + text(order.decode()) + b"tb\x89"
+    return code + b"B" + struct.pack("<I", len(data)) + data + b"tb"
+
+
+PIXELS = array_code((1, 48), "u1", bytes(48))
+BATCHES = {
+    "doubled labels": (PIXELS, doubled(), "its labels are a tuple"),
+    "a label that is a doubled list": (PIXELS, b"](" + doubled() + b"e", "not numbers from 1 to"),
+    "a shape of 2^60": (
+        array_code((2**30, 2**30), "u1", bytes(48)), b"]K\x01a", "not a readable batch"),
+    "a negative shape": (array_code((-1, 48), "u1", bytes(48)), b"]K\x01a", "without a shape"),
+    "objects": (array_code((1, 6), "O", bytes(48)), b"]K\x01a", "unknown type"),
+    "a long type": (array_code((1, 48), "u1," * 10**6, bytes(48)), b"]K\x01a", "unknown type"),
+    "pixels that are a list": (b"]", b"]K\x01a", "in place of an array"),
+    "pixels that are a scalar": (
+        b"cnumpy.core.multiarray\nscalar\n)R", b"]K\x01a", "in place of an array"),
+    "an array without state": (
+        b"cnumpy.core.multiarray\n_reconstruct\n)R", b"]K\x01a", "not a readable batch"),
+    "a tuple 300,000 deep as byte order": (
+        array_code((1, 48), "u1", bytes(48)).replace(text("|"), b")" + b"\x85" * 300_000),
+        b"]K\x01a", "unknown byte order"),
+    "a label of 10^600": (PIXELS, b"]\x8a\xfa" + b"\x01" * 250 + b"a", "1 to 1000"),
+    "ndarray called": (b"cnumpy\nndarray\n(J\xff\xff\xff\x7ftR", b"]K\x01a", "in place of an arr"),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_a_hostile_batch_is_refused(case, tmp_path):
+    pixels, labels, said = BATCHES[case]
+    classes = "".join(f"n{k:08d} {k} a\n" for k in range(1, 1001))
+    (tmp_path / "map_clsloc.txt").write_text(classes)
+    code = b"}" + text("data") + pixels + b"s" + text("labels") + labels + b"s"
+    path = write(tmp_path, pickled(code), "val_data")
+    one_line_refusal(lambda: load_dataset("imagenet64", "test", tmp_path), path, said)
+
+
+def test_a_batch_that_is_a_bomb_is_refused(tmp_path):
+    (tmp_path / "map_clsloc.txt").touch()
+    os.truncate(tmp_path / "map_clsloc.txt", 10**10)
+    path = npz(tmp_path / "val_data.npz", data=header((10**6, 12288), "|u1"), labels=np.ones(9))
+    said = "map_clsloc.txt is missing or unreadable"
+    one_line_refusal(lambda: load_dataset("imagenet64", "test", tmp_path), said)
+    classes = "".join(f"n{k:08d} {k} a\n" for k in range(1, 1001))
+    (tmp_path / "map_clsloc.txt").write_text(classes)
+    one_line_refusal(lambda: load_dataset("imagenet64", "test", tmp_path), str(path), "too many")
