@@ -7,9 +7,9 @@ Each is planted in a copy of the repository, never here. There the text `good`, 
 in `file`, becomes `bad`, and the tests of `file` must fail.
 """
 
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -566,7 +566,25 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
 MUTANTS = [
     (file, tests, good, bad) for (file, tests), faults in FAULTS.items() for good, bad in faults
 ]
-PYTEST = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-n", "0"]
+PYTEST = ["-x", "-p", "no:cacheprovider", "-n", "0"]
+# One process imports what takes long, and forks for every fault; on Windows each starts anew.
+PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+PROCESSES.set_forkserver_preload([
+    "torch", "pytest", "matplotlib.figure", "diffusers.models.unets.unet_2d",
+    "diffusers.schedulers.scheduling_ddim", "diffusers.pipelines.ddpm.pipeline_ddpm",
+])
+
+
+def run_tests(copy, tests):
+    """In a process of its own: the tests of the repository in `copy`, to copy/output.txt."""
+    os.chdir(copy)
+    elsewhere = [place for place in sys.path if not Path(place or copy).is_relative_to(ROOT)]
+    sys.path[:] = [str(copy), *elsewhere]
+    os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
+    with open("output.txt", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.exit(pytest.main([*PYTEST, f"tests/{tests}.py"]))
 
 
 def survives(mutant):
@@ -580,12 +598,12 @@ def survives(mutant):
         count = source.count(good)
         assert count == 1, f"{file}: {good!r} stands there {count} times, not once"
         (copy / file).write_text(source.replace(good, bad))
-        environment = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        command = [*PYTEST, f"tests/{tests}.py"]
-        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        process = PROCESSES.Process(target=run_tests, args=(copy, tests))
+        process.start()
+        process.join()
         # Anything else is not a test that failed.
-        assert result.returncode in (0, 1), result.stdout + result.stderr
-        return result.returncode == 0
+        assert process.exitcode in (0, 1), (copy / "output.txt").read_text()
+        return process.exitcode == 0
 
 
 def name_of(mutant):
