@@ -21,7 +21,7 @@ Differences from the official code (Catch-Up-Distillation, commit 7d271f1):
  5. digits: adaptive weights, TN = 160 (theirs: neither; 16).
 Result on digits, FID of 4 evaluations: 2.75 +- .13; rectified flow: 5.44 +- .16. More: RESULTS.md
     python cud.py --baseline                 # digits: 9 minutes on 2 CPU cores, 5 without baseline
-    python cud.py --dataset mnist --rk 34    # one GPU
+    python cud.py --dataset mnist --rk 34    # 28x28 images, three heads
 """
 import copy
 from dataclasses import dataclass

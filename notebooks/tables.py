@@ -46,14 +46,15 @@ def markdown(head, rows):
 
 def both(runs, name, nfe):
     """FID in the features of the evaluator's classifier / of the unseen one."""
-    return f"{cell(values(runs, name, nfe, 'fid'))} / {cell(values(runs, name, nfe, 'fid_unseen'))}"
+    pair = [values(runs, name, nfe, column) for column in ("fid", "fid_unseen")]
+    return " / ".join(map(cell, pair)) if pair[0] else "not run"
 
 
 # ------------------------------------------------------------------------------ the tables
 
 
 def mnist_teacher():
-    quality, = read("mnist-teacher")
+    quality, = read("mnist-teacher") or [{"results": []}]
     rows = []
     for row in quality["results"]:
         fids = [number(value) for key, value in row.items() if key.startswith("fid ")]
@@ -112,19 +113,14 @@ def mnist_dode():
 
 
 def mnist_pd_cfd():
-    runs = read("mnist-progressive*") + read("mnist-cfd*")
-    head = ["steps", "DDIM, cosine", "DDIM, EDM grid", "PD", "CFD"]
+    pd, longer, cfd = (read(f"mnist-{run}") for run in ("progressive", "progressive-300", "cfd"))
+    head = ["steps", "DDIM, cosine", "DDIM, EDM grid", "PD", "PD, 300 updates", "CFD"]
+    columns = [(pd, "ddim"), (pd, "ddim-edm"), (pd, "pd"), (longer, "pd"), (cfd, "cfd")]
     rows = []
     for nfe in (8, 4, 2, 1):
-        names = ("ddim", "ddim-edm", "pd", "cfd")
-        rows.append([nfe, *(both(only_first(runs, name), name, nfe) for name in names)])
-    rows.append(["35 (teacher)", both(only_first(runs, "teacher"), "teacher", 35), "", "", ""])
+        rows.append([nfe, *(both(runs, name, nfe) for runs, name in columns)])
+    rows.append(["35 (teacher)", both(pd, "teacher", 35), *[""] * 4])
     return markdown(head, rows)
-
-
-def only_first(runs, name):
-    """Rows that several runs share (baselines on the same noise) are equal: take them once."""
-    return [run for run in runs if any(row["name"] == name for row in run["results"])][:1]
 
 
 def mnist_cud():
@@ -146,7 +142,7 @@ def mnist_gdd():
     for name, nfe in [
         ("ddim", 1), ("ddim", 5), ("ddim", 10), ("gdd", 1), ("gdd-i", 1), ("teacher", 35)
     ]:
-        found = only_first(runs, name) if name in ("ddim", "teacher") else runs
+        found = runs[:1] if name in ("ddim", "teacher") else runs  # the same in every run
         shares = [cell(values(found, name, nfe, key)) for key in ("precision", "recall")]
         rows.append([name, nfe, both(found, name, nfe), *shares])
     return markdown(["", "evaluations", "FID\\* / unseen", "precision", "recall"], rows)

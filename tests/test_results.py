@@ -43,7 +43,7 @@ def test_a_table_has_means_over_seeds_the_best_grid_and_the_ratio(tmp_path, monk
 
 def test_what_has_no_file_is_not_run_and_a_table_needs_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert "| not run / not run |" in tables.mnist_cud()
+    assert "| CUD | not run | not run |" in tables.mnist_cud()
     monkeypatch.setattr(tables, "TABLES", (tables.mnist_cud,))
     place = "<!-- mnist_cud -->\nold\n<!-- end -->"
     filled = tables.fill(f"before\n{place}\nafter")
