@@ -119,6 +119,7 @@ def mnist_pd_cfd():
     rows = []
     for nfe in (8, 4, 2, 1):
         rows.append([nfe, *(both(runs, name, nfe) for runs, name in columns)])
+    rows[0][-1] = "(starts here)"
     rows.append(["35 (teacher)", both(pd, "teacher", 35), *[""] * 4])
     return markdown(head, rows)
 
