@@ -132,7 +132,7 @@ def check_grid(sigmas, what):
     values = sigmas.detach().double().cpu()
     valid = values.ndim == 1 and len(values) >= 2 and torch.isfinite(values).all()
     if not (valid and values[-1] >= 0 and (values[1:] < values[:-1]).all()):
-        shown = [round(v, 6) for v in values.flatten().tolist()]
+        shown = [round(v, 6) for v in values.flatten()[:30].tolist()]
         raise UsageError(f"{what}: {shown} is not a strictly decreasing list of levels >= 0")
     return sigmas
 

@@ -100,7 +100,7 @@ def mnist_dode():
             for solver in run["config"]["solver"]:
                 groups.setdefault((nfe, solver), []).append(run)
     rows = []
-    for (nfe, solver), runs in groups.items():
+    for (nfe, solver), runs in sorted(groups.items(), key=lambda group: group[0][0]):
         cells = [solver, nfe, len(runs)]
         for column in ("rmse_to_teacher", "fid"):
             plain = values(runs, solver, nfe, column)
@@ -119,7 +119,8 @@ def mnist_pd_cfd():
     rows = []
     for nfe in (8, 4, 2, 1):
         rows.append([nfe, *(both(runs, name, nfe) for runs, name in columns)])
-    rows[0][-1] = "(starts here)"
+    rows[0][-2:] = "", "(starts here)"
+    rows[2][-2] = rows[3][-2] = ""  # that run ends with 4 steps
     rows.append(["35 (teacher)", both(pd, "teacher", 35), *[""] * 4])
     return markdown(head, rows)
 

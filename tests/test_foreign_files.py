@@ -241,7 +241,7 @@ JSON = {
     "a number": (NUMBERS % "80", "`sigmas` is not a list of numbers"),
     "an empty list": (NUMBERS % "[]", "`sigmas` is not a list of numbers"),
     "rising": (NUMBERS % "[1, 2, 0]", "strictly decreasing"),
-    "400,000 numbers": (NUMBERS % str([1.5] * 400_000), "400000 levels"),
+    "400,000 numbers": (NUMBERS % str([1.5] * 400_000), "strictly decreasing"),
     "a list": ("[1, 2]", "holds a list"),
     "no list of the name": ('{"sigmas": [80, 1, 0]}', "KeyError"),
     "5 MB": (NUMBERS % "[80, 1, 0]" + " " * 5_000_000, "bytes, not 1 to"),

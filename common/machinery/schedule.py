@@ -21,9 +21,8 @@ def load_schedule(path, example, hint=""):
     """
     names, what = ("sigmas", "sigmas_net"), "a schedule.json of ld3.py"
     sigmas, sigmas_net = read_numbers(path, "schedule", what, names)
+    check_grid(sigmas, f"--schedule {path}")
     fits = sigmas.shape == sigmas_net.shape == example.shape
-    if fits:
-        check_grid(sigmas, f"--schedule {path}")
     fits = fits and torch.allclose(sigmas[[0, -1]], example[[0, -1]])
     found, needed = (f"{len(s)} levels from sigma {s[0]:g} to {s[-1]:g}" for s in (sigmas, example))
     require(fits, "schedule", path, f"has {found}; this run needs {needed}{hint}")
