@@ -225,7 +225,6 @@ def _labels(path, names, opener, level):
 def _read_image(path, name, opener):
     """One square grey or RGB image -> (C, H, W) uint8. Its head is checked before it is decoded."""
     from PIL import Image
-    fits, pixels = True, None
     try:
         with warnings.catch_warnings(), opener(name, MOST_IMAGE) as file:
             warnings.simplefilter("ignore")  # PIL's about large images

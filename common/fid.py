@@ -192,13 +192,11 @@ def reference_moments(dataset_name, extractor, data_dir=None, split="train"):
     images = f"{dataset_name}{fingerprint(dataset_name, data_dir, exact=True)}-{split}"
     name = f"moments-{images}-{extractor.name}-{extractor.digest}.npz"
     if (ASSETS / name).exists():
-        with np.load(ASSETS / name) as file:
-            return file["mu"], file["sigma"], int(file["n"])
+        return _read_moments(ASSETS / name)
     path = cache_dir() / name
     with locked(path):
         try:
-            with np.load(path) as file:
-                return file["mu"], file["sigma"], int(file["n"])
+            return _read_moments(path)
         except FileNotFoundError:
             pass
         except Exception:  # np.load raises anything on a file that is cut short or foreign
@@ -210,6 +208,11 @@ def reference_moments(dataset_name, extractor, data_dir=None, split="train"):
         mu, cov = (a.cpu().numpy() for a in moments.mean_cov())
         atomic_write(path, lambda file: np.savez(file, mu=mu, sigma=cov, n=moments.n))
     return mu, cov, moments.n
+
+
+def _read_moments(path):
+    with np.load(path) as file:
+        return file["mu"], file["sigma"], int(file["n"])
 
 
 def load_moments(path, extractor):

@@ -1,7 +1,7 @@
 """Teachers: EDM denoisers (Karras et al. 2022, arXiv:2206.00364), shipped, or trained here.
 
     python -m common.teacher --dataset digits                  # 2 CPU cores
-    python -m common.teacher --dataset mnist                   # 2 CPU cores: an hour and a half
+    python -m common.teacher --dataset mnist                   # 2 CPU cores, an hour
     python -m common.teacher --dataset folder --data-dir DIR   # any folder of square images
 
 With a GPU, take a larger network for MNIST: --model-channels 32 --channel-mult 2 2 2 --dropout 0.1

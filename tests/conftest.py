@@ -14,6 +14,13 @@ def _offline(url, timeout):
     raise OSError("tests have no network")
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache of one test alone; `pytestmark = pytest.mark.usefixtures("cache")`: of each test."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_machine(tmp_path_factory):
     torch.set_num_threads(1)

@@ -218,7 +218,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("gaps |= s != total", "gaps |= s < total"),
         ("end >= count or", "False or"),
         ("c if c.isprintable() else", "c if True else"),
-        ("if not stat.S_ISREG(os.stat(path).st_mode):", "if False:"),
+        ("if not stat.S_ISREG(status.st_mode):", "if False:"),
     ],
     ("common/machinery/pickles.py", "test_edm_pickle"): [
         ("if PERSISTENT not in self.allowed:", "if False:"),

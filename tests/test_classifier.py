@@ -18,11 +18,7 @@ from common.classifier import (
 from common.datasets import ASSETS, Dataset, load_dataset, to_float
 from common.machinery.files import load_checkpoint, save_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture

@@ -20,11 +20,7 @@ from common.datasets import Dataset, Stream, fingerprint, load_dataset, to_float
 from common.machinery import large_data
 from common.machinery.files import locked
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def refused(*args, **kwargs):

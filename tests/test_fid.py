@@ -29,11 +29,7 @@ from common.machinery import inception
 from common.machinery.inception import Inception, old_resize
 from common.machinery.options import Options
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def random_moments(seed, dim=12, n=40):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from guarded import one_line_refusal
+from guarded import MEASURED, one_line_refusal
 from opcodes import doubled, pickled, text
 from PIL import Image
 
@@ -28,13 +28,7 @@ from common.machinery.schedule import load_schedule
 from common.teacher import load_teacher
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures in /proc")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = [MEASURED, pytest.mark.usefixtures("cache")]
 
 
 def write(tmp_path, data, name):

@@ -28,7 +28,7 @@ from edm_files import (
     saved,
     tensor_of,
 )
-from guarded import guarded, one_line_refusal
+from guarded import MEASURED, guarded, one_line_refusal
 from opcodes import doubled, doubled_tuple, pickled, text
 
 from common import UsageError, unet
@@ -38,13 +38,7 @@ from common.teacher import load_teacher
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures in /proc")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+pytestmark = [MEASURED, pytest.mark.usefixtures("cache")]
 
 
 # ------------------------------------------------------------------------- pickles by the opcode

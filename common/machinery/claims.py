@@ -1,6 +1,4 @@
 """What a checkpoint claims: checked before torch reads it and before a network is built of it."""
-import os
-import stat
 import zipfile
 
 import numpy as np
@@ -15,6 +13,7 @@ from common.machinery.pickles import (
     Refused,
     call_of,
     check_view,
+    file_size,
     storage_claim,
 )
 
@@ -32,10 +31,7 @@ def check_file(path):
     torch.load with weights_only runs no foreign code, but makes whatever sizes a file claims. So
     here its entries must be uncompressed, its storages there, its tensors within them.
     """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-        raise Refused("not a file")
-    size = status.st_size
+    size = file_size(path)
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         plain = len(entries) == len(archive.infolist())  # no name twice

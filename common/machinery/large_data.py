@@ -8,7 +8,6 @@ import functools
 import hashlib
 import math
 import os
-import stat
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -21,7 +20,15 @@ from tqdm import tqdm
 
 from common import UsageError
 from common.machinery.files import BAR, PACKINGS, atomic_write, cache_dir, locked, read_npz
-from common.machinery.pickles import Machine, Record, Refused, call_of, mapped_file, one_line
+from common.machinery.pickles import (
+    Machine,
+    Record,
+    Refused,
+    call_of,
+    file_size,
+    mapped_file,
+    one_line,
+)
 
 IMAGE_SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm",
@@ -108,8 +115,7 @@ def list_images(path):
 
 
 def _open_file(path, name, most):
-    status = os.stat(path / name)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > most:  # a pipe would wait for its end
+    if file_size(path / name) > most:
         raise Refused(f"not a file of at most {most:,} bytes")
     return open(path / name, "rb")
 

@@ -82,12 +82,16 @@ class Options:
 
 
 @dataclasses.dataclass
-class SolverOptions(Options):
-    """Those of a script that learns how to sample from a teacher."""
-
+class TeacherOptions(Options):
     teacher: str | None = option(
         None, "a checkpoint, an EDM .pkl, a model of diffusers (default: the data set's own)"
     )
+
+
+@dataclasses.dataclass
+class SolverOptions(TeacherOptions):
+    """Those of a script that learns how to sample from a teacher."""
+
     sigma_min: float | None = option(
         None, "lowest noise level (default: EDM's 0.002, or of the teacher's training)", above=0
     )
@@ -110,12 +114,9 @@ class TrainingOptions(Options):
 
 
 @dataclasses.dataclass
-class DistillationOptions(TrainingOptions):
+class DistillationOptions(TeacherOptions, TrainingOptions):
     """Those of a script that trains a copy of the teacher."""
 
-    teacher: str | None = option(
-        None, "a checkpoint, an EDM .pkl, a model of diffusers (default: the data set's own)"
-    )
     sigma_max: float | None = option(
         None, "highest noise level (default: EDM's 80, or of the teacher's training)",
         above=1, below=math.inf,

@@ -305,15 +305,21 @@ def check_view(offset, size, stride, count, dense):
     return total
 
 
+def file_size(path):
+    """Bytes of a file. Refused if it is none: opening a pipe would wait for its other end."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise Refused("it is not a file")
+    return status.st_size
+
+
 def mapped_file(path, most):
     """The bytes of a file, read when they are needed. Refused if there are none, or over `most`."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
-            raise Refused("it is not a file")
+        size = file_size(path)
+        if not 0 < size <= most:
+            raise Refused(f"it has {size:,} bytes, not 1 to {most:,}")
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if not 0 < size <= most:
-                raise Refused(f"it has {size:,} bytes, not 1 to {most:,}")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise Refused(error.strerror) from None

@@ -1,6 +1,7 @@
 """The pictures a run leaves behind, as PNG: rows of images, curves, time grids. Rank 0 writes."""
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from common.machinery.files import atomic_write
 from common.machinery.ranks import rank_and_world
@@ -32,26 +33,27 @@ def save_rows(path, rows, columns=16):
     _write(figure, path)
 
 
-def save_curves(path, curves, xlabel, ylabel, title="", log=""):
+def save_curves(path, curves, xlabel, ylabel, title="", log="", references=None):
     """Lines {label: (xs, ys)} in one plot; `log`, "", "x", "y" or "xy": the logarithmic axes.
 
-    A line of one value is a reference, drawn across the plot. Axis y is linear around 0 and
-    logarithmic beyond 1 with "symlog".
+    Axis y is linear around 0 and logarithmic beyond 1 with "symlog". references {label: y} are
+    lines across the plot.
     """
     figure = Figure(figsize=(6.4, 4), dpi=120)
     axis = figure.subplots()
     for label, (xs, ys) in curves.items():
-        if len(xs) == 1:
-            axis.axhline(ys[0], color="gray", linestyle="--", label=label)
-        else:
-            axis.plot(xs, ys, marker="." if len(xs) < 40 else None, label=label)
+        axis.plot(xs, ys, marker="." if len(xs) < 40 else None, label=label)
+    for label, y in (references or {}).items():
+        axis.axhline(y, color="gray", linestyle="--", label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if log == "symlog":
         axis.set_yscale("symlog", linthresh=1)
     else:
         axis.set_xscale("log" if "x" in log else "linear")
         axis.set_yscale("log" if "y" in log else "linear")
-    points = sorted({x for xs, _ in curves.values() for x in xs if len(xs) > 1})
+        if "y" in log:  # within a decade: 2, 3, 4 as well
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    points = sorted({x for xs, _ in curves.values() for x in xs})
     if len(points) < 13 and all(isinstance(x, int) for x in points):
         axis.set_xticks(points, map(str, points))  # counts: 1, 2, 4 instead of 10^0, ...
         axis.set_xticks([], minor=True)
@@ -65,21 +67,18 @@ def save_curves(path, curves, xlabel, ylabel, title="", log=""):
 def save_fid_curves(path, rows, title=""):
     """FID against network evaluations, one line for each name among `rows` of metrics.json.
 
-    A name with one number of evaluations, as the teacher's best, is a reference line.
+    The teacher's best, with many more evaluations, is a line across the plot.
     """
-    counts = {}
+    curves, references = {}, {}
     for row in rows:
-        counts.setdefault(row["name"], []).append(row["nfe"])
-    curves = {}
-    for row in rows:
-        label = row["name"]
-        if len(counts[label]) == 1:
-            label += f" ({row['nfe']} evaluations)" if row["nfe"] > 1 else " (1 evaluation)"
-        xs, ys = curves.setdefault(label, ([], []))
-        xs.append(row["nfe"])
-        ys.append(row["fid"])
+        if row["name"] == "teacher":
+            references[f"teacher ({row['nfe']} evaluations)"] = row["fid"]
+        else:
+            xs, ys = curves.setdefault(row["name"], ([], []))
+            xs.append(row["nfe"])
+            ys.append(row["fid"])
     ylabel = f"FID [{rows[0]['fid_features']}, n={rows[0]['fid_n']}]"
-    save_curves(path, curves, "network evaluations", ylabel, title, log="xy")
+    save_curves(path, curves, "network evaluations", ylabel, title, "xy", references)
 
 
 def save_sigma_grids(path, grids, title="", floor=1e-3):
