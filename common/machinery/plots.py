@@ -6,7 +6,7 @@ from matplotlib.ticker import LogFormatter
 from common.machinery.files import atomic_write
 from common.machinery.ranks import rank_and_world
 
-# One colour for a method in every picture (Okabe & Ito's palette); what it is compared with is gray.
+# One colour for a method in every picture (Okabe & Ito); baselines are gray.
 COLORS = {
     "teacher": "black", "ld3": "#0072b2", "d-ode": "#e69f00", "pd": "#009e73", "cfd": "#cc79a7",
     "cud": "#d55e00", "gdd": "#56b4e9", "gdd-i": "#8c6bb1",
