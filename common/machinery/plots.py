@@ -20,7 +20,13 @@ def _write(figure, path):
 
 
 def save_rows(path, rows, columns=16):
-    """One labelled row of images for each of {label: uint8 (n, C, H, W)}: the first `columns`."""
+    """One labelled row of images for each of {label: uint8 (n, C, H, W)}: the first `columns`.
+
+    All of them lie beside the picture as an .npz, under their labels.
+    """
+    if rank_and_world()[0] == 0:
+        arrays = {label: np.asarray(images) for label, images in rows.items()}
+        atomic_write(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
     size = (1.9 + 0.62 * columns, 0.68 * len(rows) + 0.1)
     figure = Figure(figsize=size, dpi=120)
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
@@ -39,16 +45,49 @@ def save_rows(path, rows, columns=16):
     _write(figure, path)
 
 
-def save_curves(path, curves, xlabel, ylabel, title="", log="", references=None):
+def save_comparison(path, cells, columns, title):
+    """A table of images: {row label: {column: (8 images uint8 (n, C, H, W), caption)}}."""
+    figure = Figure(figsize=(1.5 + 1.75 * len(columns), 1.08 * len(cells) + 0.7), dpi=120)
+    axes = figure.subplots(len(cells), len(columns), squeeze=False)
+    for line, (label, row) in zip(axes, cells.items()):
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
+        for axis, column in zip(line, columns):
+            axis.set(xticks=[], yticks=[])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            if column not in row:
+                continue
+            images, caption = row[column]
+            framed = np.pad(images[:8], ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=128)
+            _, c, h, w = framed.shape
+            mosaic = framed.reshape(2, 4, c, h, w).transpose(0, 3, 1, 4, 2)  # 2 rows of 4
+            mosaic = mosaic.reshape(2 * h, 4 * w, c).squeeze()
+            axis.imshow(mosaic, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_xlabel(caption, fontsize=8, labelpad=2)
+    for axis, column in zip(axes[0], columns):
+        axis.set_title(column, fontsize=10)
+    figure.suptitle(title, fontsize=10, y=1 - 0.02 / len(cells))
+    height = figure.get_figheight()
+    figure.subplots_adjust(
+        left=0.16, right=1, bottom=0.2 / height, top=1 - 0.55 / height, wspace=0.06, hspace=0.3
+    )
+    _write(figure, path)
+
+
+def save_curves(
+    path, curves, xlabel, ylabel, title="", log="", references=None, colors=None, baselines=()
+):
     """Lines {label: (xs, ys)} in one plot; `log`, "", "x", "y" or "xy": the logarithmic axes.
 
     Axis y is linear around 0 and logarithmic beyond 1 with "symlog". references {label: y} are
-    lines across the plot.
+    lines across the plot. colors {label: color}; the lines of `baselines` are dashed.
     """
     figure = Figure(figsize=(6.4, 4), dpi=120)
     axis = figure.subplots()
     for label, (xs, ys) in curves.items():
-        axis.plot(xs, ys, marker="." if len(xs) < 40 else None, label=label)
+        marker = "D" if len(xs) == 1 else "." if len(xs) < 40 else None
+        look = {"color": (colors or {}).get(label), "marker": marker}
+        axis.plot(xs, ys, "--" if label in baselines else "-", label=label, **look)
     for label, y in (references or {}).items():
         axis.axhline(y, color="gray", linestyle="--", label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)

@@ -1,0 +1,130 @@
+"""common.compare: which commands it runs, what trainings cost, and the table it leaves."""
+
+import json
+
+import numpy as np
+import pytest
+from scripts import run_script
+
+import cfd
+import cud
+import distributional
+import dode
+import ld3
+import progressive
+from common import UsageError, compare, unet
+
+SCRIPTS = [ld3, dode, progressive, cud, distributional]
+
+
+def config(tmp_path, **options):
+    return compare.Config(out=str(tmp_path), **options)
+
+
+def test_one_command_for_each_method_and_one_grid_for_each_count(tmp_path):
+    runs = compare.commands(config(tmp_path, teacher="t.pt", seed=3))
+    assert list(runs) == [
+        *("ld3-2", "ld3-4", "ld3-8", "dode", "progressive", "cfd", "cud", "distributional")
+    ]
+    for folder, (script, *arguments) in runs.items():
+        flags = dict(zip(arguments, arguments[1:]))
+        assert script == folder.partition("-")[0] + ".py"
+        assert (flags["--seed"], flags["--eval-n"], flags["--dataset"]) == ("3", "1024", "digits")
+        assert flags.get("--teacher") == (None if folder == "cud" else "t.pt")
+    assert runs["cfd"][-1] == str(tmp_path / "progressive")
+    assert "--pd" not in compare.commands(config(tmp_path, methods=("cfd",)))["cfd"]
+
+
+def test_a_run_is_read_if_it_was_made_by_the_same_command(tmp_path):
+    command = ["ld3.py", "--nfe", "2"]
+    assert compare.finished(tmp_path, command) is None
+    (tmp_path / "metrics.json").write_text(json.dumps({"command": "ld3.py --nfe 2 --resume"}))
+    assert compare.finished(tmp_path, command)
+    assert compare.finished(tmp_path, ["ld3.py", "--nfe", "4"]) is None
+
+
+def count_evaluations(monkeypatch, script, *arguments):
+    """(images through the U-Nets in training, a backward pass counting as two; metrics.json)."""
+    seen, forward, measure = [], unet.UNet.forward_features, script.measure
+
+    def counting(self, x, *args, **kwargs):
+        features = forward(self, x, *args, **kwargs)
+        seen.append(len(x) * (3 if features.requires_grad else 1))
+        return features
+
+    def measuring(*args, **kwargs):
+        seen.append(None)
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(unet.UNet, "forward_features", counting)
+    monkeypatch.setattr(script, "measure", measuring)
+    run_script(script, monkeypatch, "--smoke", *arguments)
+    monkeypatch.setattr(unet.UNet, "forward_features", forward)
+    path = arguments[arguments.index("--out") + 1] / "metrics.json"
+    return sum(seen[: seen.index(None)]), json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_cost_is_what_the_training_does(script, tmp_path, monkeypatch):
+    more = ["--solver", "ddim"] if script is dode else []
+    counted, metrics = count_evaluations(monkeypatch, script, "--out", tmp_path, *more)
+    rows = [row for row in metrics["results"] if row["name"] not in ("teacher", "ddim", "edm")]
+    names = {name for method, name, _ in compare.SERIES.values() if method == script.__name__}
+    rows = [row for row in rows if row["name"] in names]
+    costs = [compare.training_cost(metrics, row, {}) for row in rows]
+    assert max(costs) == counted
+
+
+def test_the_cost_of_cfd_has_the_part_of_pd_before_it(tmp_path, monkeypatch):
+    pd, after = tmp_path / "pd", tmp_path / "cfd"
+    counted_pd, pd_metrics = count_evaluations(monkeypatch, progressive, "--out", pd)
+    counted, metrics = count_evaluations(monkeypatch, cfd, "--pd", pd, "--out", after)
+    whole, metrics_alone = count_evaluations(monkeypatch, cfd, "--out", tmp_path / "alone")
+    row = {"name": "cfd", "nfe": 1}
+    runs = {"progressive": pd_metrics}
+    before = compare.training_cost(pd_metrics, {"nfe": 2}, runs)  # the smoke's CFD starts at 2
+    assert compare.training_cost(metrics, row, runs) == before + counted
+    assert compare.training_cost(metrics_alone, row, {}) == whole
+
+
+ROWS = [
+    {"label": compare.TEACHER, "nfe": 35, "fid": 0.1, "cost": 0},
+    {"label": "PD", "nfe": 8, "fid": 0.3912, "cost": 2_000},
+    {"label": "PD", "nfe": 1, "fid": 1.18, "cost": 1_234_000},
+]
+
+
+def test_the_table():
+    lines = compare.markdown(ROWS).splitlines()
+    assert lines[2] == "| teacher, Heun, 35 evaluations: 0.1 |  |  |  |  |  |"
+    assert lines[3] == "| PD | 1.18 |  |  | 0.391 | 2 k to 1,234 k |"
+
+
+def test_a_script_that_fails_stops_all(tmp_path, monkeypatch):
+    stub = tmp_path / "ld3.py"
+    stub.write_text("raise SystemExit(2)")
+    monkeypatch.setattr(compare, "SCRIPTS", tmp_path)
+    with pytest.raises(UsageError, match="ld3.py ended with code 2"):
+        compare.run_all(config(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_from_nothing_to_the_pictures_and_again_without_a_run(tmp_path, monkeypatch, capsys):
+    for method in compare.METHODS:
+        monkeypatch.setitem(compare.QUICK, method, ["--smoke"])
+    monkeypatch.setattr(compare, "COUNTS", (1, 2))
+    command = ["compare.py", "--quick", "--eval-n", "16", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    compare.main()
+    files = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert files == {"samples.png", "fid.png", "cost.png", "table.md", "compare.json"}
+    kept = json.loads((tmp_path / "compare.json").read_text())
+    assert {row["label"] for row in kept["results"]} == set(compare.SERIES)
+    with np.load(tmp_path / "ld3-2" / "samples.npz") as a:
+        with np.load(tmp_path / "progressive" / "samples.npz") as b:  # the same noise
+            gap = a["teacher, NFE 20"].astype(float) - b["teacher, NFE 35"]
+            assert abs(gap).mean() < 12
+    monkeypatch.setattr(compare.subprocess, "run", None)
+    compare.main()
+    assert json.loads((tmp_path / "compare.json").read_text()) == kept
+    assert "| CUD, one step |" in capsys.readouterr().out
