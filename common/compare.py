@@ -74,7 +74,7 @@ class Config:
 
 
 def commands(config):
-    """{folder: arguments}, in the order of the runs: cfd needs the student of progressive."""
+    """{folder: arguments}, in the order of the runs: cfd needs a student of progressive."""
     shared = ["--dataset", config.dataset, "--seed", config.seed, "--device", config.device]
     for name in ("data_dir", "eval_n"):
         if getattr(config, name) is not None:
@@ -90,8 +90,6 @@ def commands(config):
             continue
         if method == "dode":
             more += ["--solver", "ddim", "--nfe", *COUNTS]
-        if method == "cfd" and "progressive" in config.methods:
-            more += ["--pd", config.out / "progressive"]
         if method == "cud":
             more += ["--nfe", *COUNTS]
         runs[method] = [f"{method}.py", *more]
@@ -99,27 +97,31 @@ def commands(config):
 
 
 def finished(folder, arguments):
-    """The metrics.json of a run by this command, or None."""
+    """The metrics.json of a run by this command, but for its folders; or None."""
     path = folder / "metrics.json"
     if not path.exists():
         return None
     metrics = json.loads(path.read_text(encoding="utf-8"))
-    words = [word for word in metrics["command"].split() if word != "--resume"]
-    return metrics if words == " ".join(arguments).split() else None
+    command, _, _ = metrics["command"].partition(" --out ")
+    return metrics if command == " ".join(arguments) else None
 
 
 def run_all(config):
     """Run what is not finished yet; {folder: metrics.json}."""
     found = {}
-    for folder, (script, *arguments) in commands(config).items():
+    for folder, arguments in commands(config).items():
         out = config.out / folder
-        arguments += ["--out", str(out)]
-        found[folder] = finished(out, [script, *arguments])
+        found[folder] = finished(out, arguments)
         if found[folder] is None:
-            stopped = (out / "checkpoint.pt").exists() and not (out / "metrics.json").exists()
-            more = ["--resume"] if stopped else []
-            print(f"\n$ python {' '.join([script, *arguments, *more])}", flush=True)
-            code = subprocess.run([sys.executable, SCRIPTS / script, *arguments, *more]).returncode
+            arguments += ["--out", str(out)]
+            if folder == "cfd" and "progressive" in found:
+                arguments += ["--pd", str(config.out / "progressive")]
+            if (out / "checkpoint.pt").exists() and not (out / "metrics.json").exists():
+                arguments.append("--resume")  # it was stopped
+            print(f"\n$ python {' '.join(arguments)}", flush=True)
+            script = arguments[0]
+            command = [sys.executable, SCRIPTS / script, *arguments[1:]]
+            code = subprocess.run(command).returncode
             if code:
                 raise UsageError(f"{script} ended with code {code}; the same command goes on here")
             found[folder] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """common.compare: which commands it runs, what trainings cost, and the table it leaves."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,14 +32,13 @@ def test_one_command_for_each_method_and_one_grid_for_each_count(tmp_path):
         assert script == folder.partition("-")[0] + ".py"
         assert (flags["--seed"], flags["--eval-n"], flags["--dataset"]) == ("3", "1024", "digits")
         assert flags.get("--teacher") == (None if folder == "cud" else "t.pt")
-    assert runs["cfd"][-1] == str(tmp_path / "progressive")
-    assert "--pd" not in compare.commands(config(tmp_path, methods=("cfd",)))["cfd"]
 
 
 def test_a_run_is_read_if_it_was_made_by_the_same_command(tmp_path):
     command = ["ld3.py", "--nfe", "2"]
     assert compare.finished(tmp_path, command) is None
-    (tmp_path / "metrics.json").write_text(json.dumps({"command": "ld3.py --nfe 2 --resume"}))
+    made_by = {"command": "ld3.py --nfe 2 --out somewhere/else --resume"}
+    (tmp_path / "metrics.json").write_text(json.dumps(made_by))
     assert compare.finished(tmp_path, command)
     assert compare.finished(tmp_path, ["ld3.py", "--nfe", "4"]) is None
 
@@ -98,6 +98,25 @@ def test_the_table():
     lines = compare.markdown(ROWS).splitlines()
     assert lines[2] == "| teacher, Heun, 35 evaluations: 0.1 |  |  |  |  |  |"
     assert lines[3] == "| PD | 1.18 |  |  | 0.391 | 2 k to 1,234 k |"
+
+
+def test_cfd_starts_from_progressive_and_what_was_stopped_goes_on(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command):
+        commands.append(command[1:])
+        out = tmp_path / command[0].stem
+        out.mkdir(exist_ok=True)
+        (out / "metrics.json").write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(compare.subprocess, "run", lambda command: run(command[1:]))
+    (tmp_path / "cfd").mkdir()
+    (tmp_path / "cfd" / "checkpoint.pt").touch()
+    compare.run_all(config(tmp_path, methods=("cfd", "progressive")))
+    first, second = commands
+    assert first[-2:] == ["--out", str(tmp_path / "progressive")]
+    assert second[-3:] == ["--pd", str(tmp_path / "progressive"), "--resume"]
 
 
 def test_a_script_that_fails_stops_all(tmp_path, monkeypatch):
