@@ -47,6 +47,16 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
             "torch.Generator().manual_seed(int(seeds[0]))",
         ),
     ],
+    ("common/compare.py", "test_compare"): [
+        ("per_image = 4 if", "per_image = 3 if"),
+        ("2 * heads - (not dropout)", "2 * heads + (not dropout)"),
+        ("cost += 16 * c[", "cost += 14 * c["),
+        ("cost += (2 if stage <= 2 else 1)", "cost += (2 if stage < 2 else 1)"),
+        ('first = c["cfd_from"]', "pass"),
+        ('if config.teacher and method != "cud":', "if config.teacher:"),
+        ('return metrics if command == " ".join(arguments)', "return metrics if command"),
+        ('arguments.append("--resume")', "pass"),
+    ],
     ("common/unet.py", "test_unet"): [
         ("(1 + scale)", "(1 - scale)"),
         ("emb = emb + self.map_augment(", "emb = emb - self.map_augment("),

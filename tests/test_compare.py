@@ -77,7 +77,7 @@ def test_the_cost_is_what_the_training_does(script, tmp_path, monkeypatch):
 
 def test_the_cost_of_cfd_has_the_part_of_pd_before_it(tmp_path, monkeypatch):
     pd, after = tmp_path / "pd", tmp_path / "cfd"
-    counted_pd, pd_metrics = count_evaluations(monkeypatch, progressive, "--out", pd)
+    _, pd_metrics = count_evaluations(monkeypatch, progressive, "--updates", 3, "--out", pd)
     counted, metrics = count_evaluations(monkeypatch, cfd, "--pd", pd, "--out", after)
     whole, metrics_alone = count_evaluations(monkeypatch, cfd, "--out", tmp_path / "alone")
     row = {"name": "cfd", "nfe": 1}
