@@ -115,6 +115,7 @@ def save_fid_curves(path, rows, title=""):
     The teacher's best, with many more evaluations, is a line across the plot.
     """
     curves, references = {}, {}
+    grays = iter(("0.4", "0.6", "0.75", "0.85"))
     for row in rows:
         if row["name"] == "teacher":
             references[f"teacher ({row['nfe']} evaluations)"] = row["fid"]
@@ -122,8 +123,12 @@ def save_fid_curves(path, rows, title=""):
             xs, ys = curves.setdefault(row["name"], ([], []))
             xs.append(row["nfe"])
             ys.append(row["fid"])
+    colors = {name: COLORS.get(name.removesuffix("-1step")) or next(grays) for name in curves}
+    baselines = [name for name, color in colors.items() if color.startswith("0.")]
     ylabel = f"FID [{rows[0]['fid_features']}, n={rows[0]['fid_n']}]"
-    save_curves(path, curves, "network evaluations", ylabel, title, "xy", references)
+    save_curves(
+        path, curves, "network evaluations", ylabel, title, "xy", references, colors, baselines
+    )
 
 
 def save_sigma_grids(path, grids, title="", floor=1e-3):
