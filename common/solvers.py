@@ -48,7 +48,9 @@ def _start(name, order, x, sigmas, sigmas_net, callback):
                          f"{tuple(sigmas.shape)} are needed, above 0 where sigmas is")
     x, callback = x.double(), callback or (lambda i, x: None)
     callback(0, x)
-    return x, sigmas.to(x.device), sigmas_net.to(x.device), callback
+    # One copy for both. Towards a GPU it need not be waited for.
+    grids = torch.stack([sigmas, sigmas_net]).to(x.device, non_blocking=x.is_cuda)
+    return x, *grids, callback
 
 
 def _above_zero(sigmas):

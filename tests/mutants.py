@@ -93,6 +93,8 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
     ],
     ("common/fid.py", "test_fid"): [
         ("- 2 * cross", "- cross"),
+        ("root.T @ cov2 @ root", "root @ cov2 @ root.T"),
+        ("    if failed:\n", "    if False:\n"),
         (
             "delta.outer(delta) * (self.n * n / (self.n + n))",
             "delta.outer(delta) * (n / (self.n + n))",
