@@ -125,7 +125,7 @@ class Velocity(nn.Module):
 
     def forward(self, z, t, heads=1, labels=None):
         """z (B, C, H, W), t (B,) or a number, labels (B,) -> (heads, B, C, H, W) in z's dtype."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=z.device).expand(len(z))
+        t = expand(t, z).float().flatten().expand(len(z))
         balance = None
         if self.phi is not None:  # ShakeDrop: the decoder's share, 1 - phi at t = 1
             balance = t * (1 - 2 * self.phi) + self.phi

@@ -22,7 +22,9 @@ from common import UsageError
 
 def expand(sigma, x):
     """`sigma`, a number or a tensor () or (B,), in x's dtype, to broadcast against x (B, ...)."""
-    sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    if not isinstance(sigma, torch.Tensor):
+        sigma = x.new_full((), sigma)  # a number: nothing is copied to a GPU
+    sigma = sigma.to(x.device, x.dtype)
     return sigma.reshape(-1, *[1] * (x.ndim - 1))
 
 

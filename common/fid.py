@@ -42,8 +42,9 @@ from common.machinery.ranks import gather_rows, rank_and_world, share_of, sum_ov
 def frechet_distance(mu1, cov1, mu2, cov2):
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 sqrt(cov1 cov2)); mu (D,), cov (D, D); float64.
 
-    tr sqrt(cov1 cov2) is the sum of the roots of the eigenvalues of cov1^1/2 cov2 cov1^1/2, a
-    symmetric matrix: no complex parts, and singular covariances do no harm. Raises ValueError
+    tr sqrt(cov1 cov2) is the sum of the roots of the eigenvalues of L^T cov2 L, L L^T = cov1: a
+    symmetric matrix, so no complex parts, and singular covariances do no harm. L is Cholesky's;
+    where rounding leaves a singular cov1 without one, from its eigenvectors. Raises ValueError
     when the shapes do not fit.
     """
     moments = [torch.as_tensor(a).detach().to("cpu", torch.float64) for a in (mu1, cov1, mu2, cov2)]
@@ -51,9 +52,11 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     if not (mu1.shape == mu2.shape and cov1.shape == cov2.shape == (*mu1.shape, *mu1.shape)):
         shapes = [tuple(a.shape) for a in moments]
         raise ValueError(f"moments of shapes {shapes} do not fit together")
-    values, vectors = torch.linalg.eigh(cov1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # cov1^1/2
-    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    root, failed = torch.linalg.cholesky_ex(cov1)
+    if failed:
+        values, vectors = torch.linalg.eigh(cov1)
+        root = vectors * values.clamp(min=0).sqrt()
+    cross = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp(min=0).sqrt().sum()
     distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross
     return max(0.0, float(distance))  # rounding can give -1e-14
 

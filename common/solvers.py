@@ -48,12 +48,28 @@ def _start(name, order, x, sigmas, sigmas_net, callback):
                          f"{tuple(sigmas.shape)} are needed, above 0 where sigmas is")
     x, callback = x.double(), callback or (lambda i, x: None)
     callback(0, x)
-    return x, sigmas.to(x.device), sigmas_net.to(x.device), callback
+    # One copy for both. Towards a GPU it need not be waited for.
+    grids = torch.stack([sigmas, sigmas_net]).to(x.device, non_blocking=x.is_cuda)
+    return x, *grids, callback
+
+
+def _above_zero(sigmas):
+    """Which noise levels are above 0, on the host: asked in a loop, a GPU is waited for."""
+    return (torch.as_tensor(sigmas) > 0).tolist()
 
 
 def _slope(denoiser, x, sigma):
     """dx/dsigma = eps = (x - D(x, sigma)) / sigma."""
-    return (x - denoiser(x, sigma)) / sigma
+    return (x - denoiser(x, sigma)).div_(sigma)
+
+
+def _sum(weights, terms):
+    """sum_j weights[j] terms[j], one pass over memory a term: every step is such a sum."""
+    first, *others = zip(weights, terms)
+    total = first[0] * first[1]
+    for weight, term in others:
+        total.addcmul_(weight, term)  # in place: half the time of a new tensor
+    return total
 
 
 # ----------------------------------------------------------------------- one-step solvers
@@ -61,11 +77,12 @@ def _slope(denoiser, x, sigma):
 def euler(denoiser, x, sigmas, *, sigmas_net=None, order=1, callback=None):
     """x' = x + (sigma' - sigma) eps: Euler's method in sigma, which is DDIM.
 
-    DDIM: Song et al. 2021; the equality: DPM-Solver (arXiv 2206.00927), section 3.4.
+    That is (sigma - sigma') / sigma of the way from x to D(x, sigma). DDIM: Song et al. 2021;
+    the equality: DPM-Solver (arXiv 2206.00927), section 3.4.
     """
     x, s, net, callback = _start("euler", order, x, sigmas, sigmas_net, callback)
     for i in range(len(s) - 1):
-        x = x + (s[i + 1] - s[i]) * _slope(denoiser, x, net[i])
+        x = x.lerp(denoiser(x, net[i]), (s[i] - s[i + 1]) / net[i])
         callback(i + 1, x)
     return x
 
@@ -76,12 +93,14 @@ def heun(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
     EDM's sampler without churn (Karras et al. 2022, Alg. 1). A step to sigma = 0 is Euler's.
     """
     x, s, net, callback = _start("heun", order, x, sigmas, sigmas_net, callback)
+    above_zero = _above_zero(sigmas)
     for i in range(len(s) - 1):
         h = s[i + 1] - s[i]
         slope = _slope(denoiser, x, net[i])
-        if s[i + 1] > 0:
-            slope = (slope + _slope(denoiser, x + h * slope, net[i + 1])) / 2
-        x = x + h * slope
+        x_next = torch.addcmul(x, h, slope)
+        if above_zero[i + 1]:
+            x_next = _sum((1, h / 2, h / 2), (x, slope, _slope(denoiser, x_next, net[i + 1])))
+        x = x_next
         callback(i + 1, x)
     return x
 
@@ -94,12 +113,13 @@ def dpm2(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
     geometric mean of sigmas_net's two. A step to sigma = 0 is Euler's.
     """
     x, s, net, callback = _start("dpm2", order, x, sigmas, sigmas_net, callback)
+    above_zero = _above_zero(sigmas)
     for i in range(len(s) - 1):
         slope = _slope(denoiser, x, net[i])
-        if s[i + 1] > 0:
-            middle = x + ((s[i] * s[i + 1]).sqrt() - s[i]) * slope
+        if above_zero[i + 1]:
+            middle = torch.addcmul(x, (s[i] * s[i + 1]).sqrt() - s[i], slope)
             slope = _slope(denoiser, middle, (net[i] * net[i + 1]).sqrt())
-        x = x + (s[i + 1] - s[i]) * slope
+        x = torch.addcmul(x, s[i + 1] - s[i], slope)
         callback(i + 1, x)
     return x
 
@@ -123,8 +143,8 @@ def ipndm(denoiser, x, sigmas, *, sigmas_net=None, order=4, callback=None):
     slopes = []  # newest first
     for i in range(len(s) - 1):
         slopes = [_slope(denoiser, x, net[i]), *slopes[: order - 1]]
-        coefficients = ADAMS_BASHFORTH[len(slopes)]
-        x = x + (s[i + 1] - s[i]) * sum(c * e for c, e in zip(coefficients, slopes))
+        weights = [(s[i + 1] - s[i]) * c for c in ADAMS_BASHFORTH[len(slopes)]]
+        x = _sum([1, *weights], [x, *slopes])
         callback(i + 1, x)
     return x
 
@@ -154,12 +174,14 @@ def deis(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
         times = [t[i], *times[:order]]
         half = (s[i + 1] - s[i]) / 2
         tau = vp_time((s[i] + s[i + 1]) / 2 + half * nodes)  # (48,)
-        for j, slope in enumerate(slopes):
-            lagrange = torch.ones_like(tau)
-            for k in range(len(slopes)):
+        integrals = []  # of the Lagrange polynomials
+        for j in range(len(times)):
+            lagrange = half * weights
+            for k in range(len(times)):
                 if k != j:
                     lagrange = lagrange * (tau - times[k]) / (times[j] - times[k])
-            x = x + half * (weights * lagrange).sum() * slope
+            integrals.append(lagrange.sum())
+        x = _sum([1, *integrals], [x, *slopes])
         callback(i + 1, x)
     return x
 
@@ -178,42 +200,57 @@ def dpmpp(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
     """
     x, s, net, callback = _start("dpmpp", order, x, sigmas, sigmas_net, callback)
     lam = -s[:-1].log()  # without the last: at sigma = 0 its gradient would be NaN
+    new, old, oldest = torch.eye(3, dtype=s.dtype, device=s.device)  # for x0s: gives weights
     x0s = []  # newest first
     n = len(s) - 1
     for i in range(n):
         x0s = [denoiser(x, net[i]), *x0s[: order - 1]]
         k = min(len(x0s), n - i)
-        phi1 = s[i + 1] / s[i] - 1  # expm1(-h), finite even in a step to sigma = 0
-        update = -phi1 * x0s[0]
+        ratio = s[i + 1] / s[i]
+        phi1 = ratio - 1  # expm1(-h), finite even in a step to sigma = 0
+        weights = -phi1 * new
         if k > 1:
             h, h1 = lam[i + 1] - lam[i], lam[i] - lam[i - 1]
-            d1 = (x0s[0] - x0s[1]) * h / h1
+            d1 = (new - old) * h / h1
             if k == 2:
-                update = update - phi1 / 2 * d1
+                weights = weights - phi1 / 2 * d1
             else:
                 h2 = lam[i - 1] - lam[i - 2]
-                d1_old = (x0s[1] - x0s[2]) * h / h2
+                d1_old = (old - oldest) * h / h2
                 d2 = (d1 - d1_old) * h / (h1 + h2)
                 d1 = d1 + (d1 - d1_old) * h1 / (h1 + h2)
                 phi2 = phi1 / h + 1
-                update = update + phi2 * d1 - (phi2 / h - 0.5) * d2
-        x = s[i + 1] / s[i] * x + update
+                weights = weights + phi2 * d1 - (phi2 / h - 0.5) * d2
+        x = _sum([ratio, *weights[:k]], [x, *x0s])
         callback(i + 1, x)
     return x
 
 
 def _unipc_weights(r, hh):
-    """The k weights B(h) rho, where R rho = b and R_ij = r_j^(i-1) (UniPC, Eq. 8).
+    """The k weights B(h) rho, where sum_j rho_j r_j^(i-1) = b_i, i = 1 ... k (UniPC, Eq. 8).
 
-    b_i contains 1 / B(h), so B(h) cancels.
+    b_i contains 1 / B(h), so B(h) cancels. rho_j is the Lagrange polynomial of r_j with b_i in
+    place of r^(i-1): a factor (r - r_m) turns the list b into b_{i+1} - r_m b_i.
     """
     phi, factorial, b = torch.expm1(hh) / hh - 1, 1, []
     for i in range(1, len(r) + 1):
         b.append(phi * factorial)
         factorial *= i + 1
         phi = phi / hh - 1 / factorial
-    r = torch.stack(r)
-    return torch.linalg.solve(torch.stack([r**i for i in range(len(r))]), torch.stack(b))
+    weights = []
+    for j in range(len(r)):
+        rho = b
+        for m in range(len(r)):
+            if m != j:
+                rho = [(b2 - r[m] * b1) / (r[j] - r[m]) for b1, b2 in zip(rho, rho[1:])]
+        weights.append(rho[0])
+    return weights
+
+
+def _unipc_sum(x, x0s, ratio, weights, r):
+    """ratio x + (1 - ratio) x0s[0] - sum_j weights_j (x0s[j] - x0s[0]) / r_j."""
+    parts = [-weight / r_j for weight, r_j in zip(weights, r)]
+    return _sum([ratio, 1 - ratio - sum(parts), *parts], [x, *x0s])
 
 
 def unipc(denoiser, x, sigmas, *, sigmas_net=None, order=3, variant="bh1", callback=None):
@@ -236,19 +273,18 @@ def unipc(denoiser, x, sigmas, *, sigmas_net=None, order=3, variant="bh1", callb
     x0s = [denoiser(x, net[0])]  # newest first
     for i in range(n):
         k = min(i + 1, order, n - i)
-        phi1 = s[i + 1] / s[i] - 1  # expm1(hh), finite even in a step to sigma = 0
-        base = s[i + 1] / s[i] * x - phi1 * x0s[0]
+        ratio = s[i + 1] / s[i]
         hh = lam[i] - lam[min(i + 1, n - 1)]  # not used in the last step
         r = [(lam[i - j] - lam[i]) / -hh for j in range(1, k)]
-        d = [(x0s[j] - x0s[0]) / r[j - 1] for j in range(1, k)]
         half = (hh if variant == "bh1" else torch.expm1(hh)) / 2
         weights = [] if k == 1 else [half] if k == 2 else _unipc_weights(r, hh)
-        x = base - sum(w * v for w, v in zip(weights, d))
+        x_next = _unipc_sum(x, x0s, ratio, weights, r)
         if i + 1 < n:
-            x0_new = denoiser(x, net[i + 1])
-            weights = [half] if k == 1 else _unipc_weights([*r, torch.ones_like(hh)], hh)
-            x = base - sum(w * v for w, v in zip(weights, [*d, x0_new - x0s[0]]))
+            x0_new, r = denoiser(x_next, net[i + 1]), [*r, torch.ones_like(hh)]
+            weights = [half] if k == 1 else _unipc_weights(r, hh)
+            x_next = _unipc_sum(x, [*x0s[:k], x0_new], ratio, weights, r)
             x0s = [x0_new, *x0s[: order - 1]]
+        x = x_next
         callback(i + 1, x)
     return x
 

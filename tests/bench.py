@@ -1,13 +1,19 @@
 """Timings and memory, as ratios measured side by side; no number decides about a test.
 
-python tests/bench.py           # about four minutes on 2 CPU cores
+python tests/bench.py           # about six minutes on 2 CPU cores
+python tests/bench.py frechet   # one part
 python tests/bench.py step fit  # on a GPU: the network of CIFAR-10 at full size
 python tests/bench.py tiny      # every part with tiny networks: shows that they run
 
-Sections: cpu (precision, layout, solvers, memory of LD3, GDD's frozen convolutions), step (a
-training step), fit (LD3 and D-ODE). Without a section: all that the device allows.
+One table: each row is a ratio of two times, taken alternately in this run, and its minimum,
+median and maximum; below 1 ours is faster. `limit`: what the hardware allows, measured here.
+Parts: unet, solver, frechet (beside diffusers and scipy), data (beside a DataLoader), method (a
+training step over the bare network passes in it), layout, memory (of LD3), freeze (GDD's frozen
+convolutions); on a GPU: step (a training step), fit (LD3 and D-ODE). Without a part: all that
+the device allows.
 """
 
+import contextlib
 import functools
 import os
 import resource
@@ -16,22 +22,31 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import cfd  # noqa: E402
+import cud  # noqa: E402
 import distributional  # noqa: E402
 import dode  # noqa: E402
 import ld3  # noqa: E402
+import progressive  # noqa: E402
+from common import teacher as teacher_script  # noqa: E402
 from common import unet  # noqa: E402
+from common.datasets import Stream, load_dataset, to_float  # noqa: E402
 from common.diffusion import Denoiser, noise_from_seeds, sigma_grid  # noqa: E402
+from common.fid import frechet_distance  # noqa: E402
 from common.machinery.run import Run, pick_device  # noqa: E402
-from common.solvers import SOLVERS, steps_for  # noqa: E402
+from common.solvers import SOLVERS, TWO_EVALUATIONS, steps_for  # noqa: E402
 from common.teacher import edm_loss, load_teacher  # noqa: E402
 
 FULL = functools.partial(unet.ddpmpp, 32, 3)  # CIFAR-10's DDPM++: 55.7 M parameters
@@ -70,40 +85,320 @@ def in_a_process(function, *arguments):
     return [float(number) for number in done.stdout.splitlines()[-1].split()]
 
 
-# ------------------------------------------------------------------------------ on any device
+# --------------------------------------------------------------------------- the table
 
 
-def precision_and_layout(device, batch=128, repeats=8):
+def timed(function):
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def show(name, ratios, limit=""):
+    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+    print(f"  {name:46s} {low:7.2f} {middle:7.2f} {high:7.2f}   {limit}", flush=True)
+
+
+def head(title):
+    print(f"{title:48s} {'min':>7s} {'median':>7s} {'max':>7s}   limit", flush=True)
+
+
+def compare(ours, theirs, repeats, scale=1.0):
+    """[scale x time of ours / time of theirs], the calls alternating; our median time."""
+    pairs = [(timed(ours), timed(theirs)) for _ in range(repeats + 1)][1:]
+    return [scale * a / b for a, b in pairs], statistics.median(a for a, _ in pairs)
+
+
+def matmul_rate(dtype, device, n):
+    """FLOP/s of a product of two n x n matrices: the most that a chip does in practice."""
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n**3 / seconds(lambda: a @ b, 20)
+
+
+# ----------------------------------------------------------------------- beside other code
+
+
+def diffusers_unet(channels, size, widths, blocks, attention):
+    """UNet2DModel with our widths; `attention`: at these resolutions."""
+    from diffusers import UNet2DModel
+
+    kinds = ["Attn" * (size >> i in attention) for i in range(len(widths))]
+    return UNet2DModel(
+        size, channels, channels, block_out_channels=widths, layers_per_block=blocks,
+        norm_num_groups=min(32, widths[0] // 4), attention_head_dim=None,
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in kinds[::-1]],
+    )
+
+
+def flops(make, shape):
+    """Of a forward pass for one image, counted on shapes alone."""
+    with torch.device("meta"):
+        net, x, t = make(), torch.zeros(1, *shape), torch.zeros(1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        net(x, t)
+    return counter.get_total_flops()
+
+
+UNETS = {  # channels, size, widths, blocks, resolutions with attention; batch
+    "digits": (1, 8, (32, 64), 1, (4,), 128),
+    "mnist": (1, 28, (16, 32, 64), 2, (7,), 32),
+    "cifar10": (3, 32, (256, 256, 256), 4, (16,), 2),
+}
+
+
+def unets(device, names=tuple(UNETS), repeats=9):
+    """Forward, and forward and backward, beside diffusers' UNet2DModel: time per FLOP."""
+    rate = matmul_rate(torch.float32, device, 1024)
+    head(f"U-Net / diffusers, time per FLOP (float32 product: {rate / 1e9:.0f} GFLOP/s)")
+    for name in names:
+        channels, size, widths, blocks, attention, batch = UNETS[name]
+        shape, base = (channels, size, size), min(widths[0], 128)
+        ours = functools.partial(
+            unet.ddpmpp, size, channels, model_channels=base, dropout=0.0, num_blocks=blocks,
+            channel_mult=[w // base for w in widths], attn_resolutions=attention,
+        )
+        theirs = functools.partial(diffusers_unet, *UNETS[name][:5])
+        costs = [flops(make, shape) for make in (ours, theirs)]
+        nets = [make().to(device).to(memory_format=torch.channels_last) for make in (ours, theirs)]
+        counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in nets]
+        about = f"{counts[0]:.2f} M, {costs[0] / 1e9:.3f} GFLOP; theirs "
+        about += f"{counts[1]:.2f} M, {costs[1] / 1e9:.3f} GFLOP"
+        x, t = torch.randn(batch, *shape, device=device), torch.ones(batch, device=device)
+
+        def forward(net, x=x, t=t):
+            with torch.no_grad():
+                net(x, t)
+
+        def backward(net, x=x, t=t):
+            out = net(x, t)
+            getattr(out, "sample", out).square().mean().backward()
+
+        for kind, run, passes in (("forward", forward, 1), ("+ backward", backward, 3)):
+            calls = [functools.partial(run, net) for net in nets]
+            ratios, took = compare(*calls, repeats, costs[1] / costs[0])
+            share = passes * batch * costs[0] / took / rate
+            show(f"{name}, batch {batch}, {kind}", ratios, f"{100 * share:.0f} % of it; {about}")
+
+
+SCHEDULERS = [
+    ("euler", {}, "EulerDiscreteScheduler", {}),
+    ("heun", {}, "HeunDiscreteScheduler", {}),
+    ("dpm2", {}, "KDPM2DiscreteScheduler", {}),
+    ("ipndm", {}, "IPNDMScheduler", {}),
+    ("deis", {"order": 2}, "DEISMultistepScheduler", {"solver_order": 3}),
+    ("dpmpp", {"order": 2}, "DPMSolverMultistepScheduler", {"solver_order": 2}),
+    ("dpmpp", {"order": 3}, "DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("unipc", {"order": 3}, "UniPCMultistepScheduler", {"solver_order": 3}),
+]
+
+
+def run_scheduler(scheduler, output, steps):
+    """As many steps as its set_timesteps makes of `steps`, always with the same output."""
+    scheduler.set_timesteps(steps)
+    scheduler.is_scale_input_called = True  # else a warning
+    x = output
+    for t in scheduler.timesteps:
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+
+
+def solvers(device, batches=(1, 256), repeats=15, nfe=9):
+    """The arithmetic of an evaluation's step beside diffusers', whose state is float32."""
+    import diffusers
+
+    warnings.simplefilter("ignore")  # of diffusers, about its own options
+    for batch in batches:
+        output = torch.randn(batch, 3, 32, 32, device=device)
+        state = output.double()
+        copy = seconds(state.clone, 20)
+        head(f"solver step / diffusers, ({batch}, 3, 32, 32)")
+        for name, options, scheduler, given in SCHEDULERS:
+            evaluations = nfe + (name in TWO_EVALUATIONS)
+            sigmas = sigma_grid("edm", steps_for(name, evaluations))
+            scheduler = getattr(diffusers, scheduler)(**given)
+            theirs = functools.partial(run_scheduler, scheduler, output, len(sigmas) - 1)
+            theirs()
+
+            def ours(solver=SOLVERS[name], options=options, sigmas=sigmas, state=state):
+                solver(lambda x, sigma: state, state, sigmas, **options)
+
+            per_evaluation = len(scheduler.timesteps) / evaluations
+            with torch.no_grad():
+                ratios, took = compare(ours, theirs, repeats, per_evaluation)
+            limit = f"{took / evaluations / copy:.1f} copies of the state"
+            order = "".join(str(k) for k in options.values())
+            show(f"{name}{order}", ratios, limit)
+
+
+def frechet(sizes=(64, 512, 2048), repeats=3):
+    """Beside |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 sqrtm(cov1 cov2)) with scipy's sqrtm."""
+    from scipy import linalg
+
+    head("Frechet distance / scipy.linalg.sqrtm")
+    for n in sizes:
+        rng = np.random.default_rng(0)
+        rows = [rng.normal(size=(3 * n, n)) * np.linspace(a, 1.01 - a, n) for a in (1, 0.01)]
+        moments = [(x.mean(0), np.cov(x, rowvar=False)) for x in rows]
+        (mu1, cov1), (mu2, cov2) = moments
+        found = []
+
+        def ours(moments=moments, found=found):
+            found.append(frechet_distance(*moments[0], *moments[1]))
+
+        def theirs(mu1=mu1, cov1=cov1, mu2=mu2, cov2=cov2, found=found):
+            cross = linalg.sqrtm(cov1 @ cov2).real
+            found.append(((mu1 - mu2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * cross))
+
+        ratios, took = compare(ours, theirs, repeats)
+        product = 2 * n**3 / matmul_rate(torch.float64, "cpu", n)
+        difference = abs(found[0] / found[1] - 1)
+        limit = f"{took / product:.1f} products of such matrices; differs by {difference:.0e}"
+        show(f"{n} features", ratios, limit)
+
+
+def streams(batch=128, size=32, images=10_000, repeats=9, batches=20):
+    """Our stream of images in memory beside a DataLoader with torchvision's transforms."""
+    from torchvision.transforms import v2
+
+    head(f"data stream / DataLoader, batch {batch}")
+    data = load_dataset("digits")
+    pixels = torch.randint(256, (images, 3, size, size), dtype=torch.uint8)
+    data.images, data.labels = pixels, torch.zeros(images, dtype=torch.long)
+    steps = [v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True),
+             v2.Normalize([0.5] * 3, [0.5] * 3)]
+    change = v2.Compose(steps)
+
+    class Transformed(torch.utils.data.Dataset):
+        def __len__(self):
+            return images
+
+        def __getitem__(self, i):
+            return change(pixels[i]), 0
+
+    loader = iter(torch.utils.data.DataLoader(Transformed(), batch, shuffle=True))
+    stream, rows = Stream(data, batch, 0, flip=True), torch.arange(batch)
+    copy = seconds(lambda: to_float(pixels[rows]), 20)
+    batches = min(batches, (images // batch - 1) // (repeats + 1))
+    ratios, took = compare(
+        lambda: [stream.next() for _ in range(batches)],
+        lambda: [next(loader) for _ in range(batches)], repeats,
+    )
+    show(f"(3, {size}, {size}), flips", ratios, f"{took / batches / copy:.1f} times index and cast")
+
+
+# ------------------------------------------------- a training step over its network passes
+
+
+class Passes:
+    """Keeps the outermost calls of networks while it is entered; `again` makes them alone.
+
+    Where a call took part in a backward pass, that follows: of the sum of its outputs.
+    """
+
+    def __enter__(self):
+        self.calls, self.depth, self.plain = [], 0, nn.Module.__call__
+
+        def call(module, *args, **kwargs):
+            if not self.depth:
+                self.calls.append((module, args, kwargs, torch.is_grad_enabled()))
+            self.depth += 1
+            try:
+                return self.plain(module, *args, **kwargs)
+            finally:
+                self.depth -= 1
+
+        nn.Module.__call__ = call
+        return self
+
+    def __exit__(self, *error):
+        nn.Module.__call__ = self.plain
+        keep = lambda x: x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x
+        for k, (module, args, kwargs, grad) in enumerate(self.calls):
+            kwargs = {name: keep(x) for name, x in kwargs.items()}
+            self.calls[k] = module, [keep(x) for x in args], kwargs, grad
+
+    def again(self):
+        for module, args, kwargs, grad in self.calls:
+            with torch.set_grad_enabled(grad):
+                out = module(*args, **kwargs)
+            outputs = [out] if torch.is_tensor(out) else list(out)
+            if outputs[0].requires_grad:
+                torch.autograd.backward([x.sum() for x in outputs])
+
+
+def step_over_passes(train):
+    """[time of a step of `train` / time of the network passes in it], the first left out."""
+    ratios, plain = [], Run.steps
+
+    def steps(self, count, what="training"):
+        for step in plain(self, count, what):
+            start = time.perf_counter()
+            with Passes() as passes:
+                yield step
+            ratios.append((time.perf_counter() - start) / timed(passes.again))
+
+    Run.steps = steps
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            train()
+    finally:
+        Run.steps = plain
+    return ratios[1:]
+
+
+def methods(device, updates=12, budgets=(4, 6, 8, 10), **options):
+    """All on digits. dode: its six solvers. Checkpoints are not counted."""
+    head("training step / its bare network passes, digits")
+    r1 = updates + 1  # a second derivative: not among the passes
+    given = {
+        "teacher": (teacher_script, dict(steps=updates)),
+        "progressive": (progressive, dict(from_steps=4, to_steps=2, updates=updates // 2)),
+        "cfd": (cfd, dict(from_steps=4, to_steps=2, cfd_from=4, updates=updates // 2)),
+        "cud": (cud, dict(steps=updates, distill_steps=0)),
+        "distributional": (distributional, dict(r1_every=r1)),
+        **{f"ld3, nfe {n}": (ld3, dict(nfe=n, steps=updates, distance="l2")) for n in budgets},
+        "dode, nfe 5": (dode, dict(nfe=(5,), fit_n=128)),
+    }
+    cache = os.environ.get("FEWSTEP_CACHE")
+    for name, (script, chosen) in given.items():
+        with tempfile.TemporaryDirectory(prefix="fewstep-") as out:
+            os.environ["FEWSTEP_CACHE"] = out  # where the teacher lands
+            chosen = dict(chosen, device=str(device), out=out, **options.get(script.__name__, {}))
+            config = script.Config(dataset="digits", **chosen)
+            if script is distributional:
+                config.images = updates * config.batch_size
+                config.smoke = True  # a short training of the classifier
+
+            def train(script=script, config=config):
+                if script is ld3:
+                    return fit_grid(config, load_teacher(None, "digits", device))
+                return script.fit(config) if script is dode else script.train(config)
+
+            show(name, step_over_passes(train))
+    os.environ.pop("FEWSTEP_CACHE")
+    if cache:
+        os.environ["FEWSTEP_CACHE"] = cache
+
+
+def layouts(device, batch=128, repeats=9):
     """One training step's forward and backward pass of the digits teacher."""
     x = noise_from_seeds(range(batch), (1, 8, 8), device).float()
-    times = {}
-    for layout in (torch.contiguous_format, torch.channels_last):
-        teacher = load_teacher(None, "digits", device).to(memory_format=layout).requires_grad_(True)
-        for dtype in (torch.float32, torch.bfloat16):
+    head(f"forward + backward / float32, contiguous; digits, batch {batch}")
 
-            def step(teacher=teacher, dtype=dtype):
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    teacher(x, 1.0).square().mean().backward()
+    def step(teacher, dtype):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            teacher(x, 1.0).square().mean().backward()
 
-            times[f"{str(dtype)[6:]}, {str(layout)[6:]}"] = seconds(step, repeats)
-    first = next(iter(times.values()))
-    threads = torch.get_num_threads()
-    print(f"forward + backward, digits teacher, batch {batch}, {device} ({threads} threads)")
-    for name, value in times.items():
-        print(f"  {name:30s} {1000 * value:8.1f} ms   {value / first:5.2f}x")
-
-
-def solver_overhead(device, batch=128, repeats=4):
-    """A solver's own arithmetic: 10 evaluations on a grid against 10 bare calls of the network."""
-    teacher = load_teacher(None, "digits", device)
-    x = 80 * noise_from_seeds(range(batch), (1, 8, 8), device)
-    print(f"10 network evaluations, batch {batch}: a solver's time over that of bare calls")
-    with torch.no_grad():
-        bare = seconds(lambda: [teacher(x, 1.0) for _ in range(10)], repeats)
-        for name, solver in SOLVERS.items():
-            sigmas = sigma_grid("edm", steps_for(name, 10))
-            sample = functools.partial(solver, teacher, x, sigmas)
-            print(f"  {name:30s} {seconds(sample, repeats) / bare:5.2f}x")
+    base = None
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            net = load_teacher(None, "digits", device).to(memory_format=layout)
+            call = functools.partial(step, net.requires_grad_(True), dtype)
+            base = base or call
+            ratios, took = compare(call, base, repeats)
+            show(f"{str(dtype)[6:]}, {str(layout)[6:]}", ratios, f"{1000 * took:.1f} ms")
 
 
 # -------------------------------------------------------------- memory, in processes of their own
@@ -133,7 +428,7 @@ def ld3_process(nfe, checkpoint, steps, batch):
     print(memory_of_process())
 
 
-def ld3_memory(batch=128, budgets=(4, 8, 16)):
+def ld3_memory(batch=128, budgets=(4, 6, 8, 10)):
     """Peak memory of a few LD3 updates on the CPU."""
     print(f"peak memory of LD3 above that of loading everything, batch {batch}, CPU")
     for checkpoint in (False, True):
@@ -188,12 +483,6 @@ def random_denoiser(make, device):
     return Denoiser(make()).to(device, memory_format=torch.channels_last)
 
 
-def matmul_peak(device, n):
-    """FLOP/s of a bfloat16 product of two n x n matrices: the most that a chip does in practice."""
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
-    return 2 * n**3 / seconds(lambda: a @ b, 20)
-
-
 def flops_per_image(make):
     """Of a training step's forward and backward pass, counted on shapes alone.
 
@@ -223,9 +512,9 @@ def training_steps(
 
     As in common.teacher, without the moving average.
     """
-    flops, peak = flops_per_image(make), matmul_peak(device, n)
+    flop, peak = flops_per_image(make), matmul_rate(torch.bfloat16, device, n)
     parameters = sum(p.numel() for p in make().parameters())
-    print(f"training step, {parameters:,} parameters, {flops / 1e9:.2f} GFLOP per image")
+    print(f"training step, {parameters:,} parameters, {flop / 1e9:.2f} GFLOP per image")
     print(f"a bfloat16 product of {n} x {n} matrices: {peak / 1e12:.4g} TFLOP/s")
     kinds = [("float32", torch.float32, False), ("bfloat16", torch.bfloat16, False)]
     for name, dtype, compiled in [*kinds, ("bfloat16, compiled", torch.bfloat16, True)]:
@@ -253,8 +542,8 @@ def training_steps(
                 step()
                 first = time.perf_counter() - start
                 rate = batch / seconds(step, repeats)
-                found = f"{rate:9,.0f} images/s  {rate * flops / 1e12:8.4g} TFLOP/s"
-                found += f"  {100 * rate * flops / peak:5.1f} % of that product"
+                found = f"{rate:9,.0f} images/s  {rate * flop / 1e12:8.4g} TFLOP/s"
+                found += f"  {100 * rate * flop / peak:5.1f} % of that product"
                 found += f"  {peak_memory(device):7,.0f} MiB  first two steps {first:.1f} s"
             except torch.cuda.OutOfMemoryError:
                 found = "out of memory"
@@ -308,31 +597,38 @@ def dode_fits(device, make=FULL, budgets=(4, 6, 8, 10), **options):
         print(f"; {peak_memory(device):7,.0f} MiB", flush=True)
 
 
+PARTS = {
+    "unet": unets, "solver": solvers, "frechet": lambda device: frechet(),
+    "data": lambda device: streams(), "method": methods, "layout": layouts,
+    "memory": lambda device: ld3_memory(), "freeze": lambda device: gdd_freezing(),
+    "step": training_steps, "fit": lambda device: (ld3_fits(device), dode_fits(device)),
+}
+
+
+def tiny(device):
+    unets(device, ["digits"], 2)
+    solvers(device, (1,), 2)
+    frechet((16,), 2)
+    streams(4, 8, 100, 2)
+    methods(device, 4, (4,), ld3=dict(train_n=10, valid_n=2), dode=dict(fit_batch=8))
+    layouts(device, 4, 2)
+    ld3_memory(4, (4,))
+    gdd_freezing([("digits", 4), ("tiny", 2)])
+    training_steps(device, TINY, (4,), 256, 2, "aot_eager")  # no C++ compiler
+    ld3_fits(device, TINY, (4,), train_n=4, valid_n=2, teacher_nfe=4)
+    dode_fits(device, TINY, (4,), fit_n=8, fit_batch=4, scale=2)
+
+
 def main():
-    sections = sys.argv[1:] or ["cpu", "step", "fit"]
     device, why = pick_device()
     print(why)
-    if "cpu" in sections:
-        precision_and_layout(device)
-        solver_overhead(device)
-        ld3_memory()
-        gdd_freezing()
-    if "tiny" in sections:
-        precision_and_layout(device, 4, 2)
-        solver_overhead(device, 4, 2)
-        ld3_memory(4, (4,))
-        gdd_freezing([("digits", 4), ("tiny", 2)])
-        training_steps(device, TINY, (4,), 256, 2, "aot_eager")  # no C++ compiler
-        ld3_fits(device, TINY, (4,), train_n=4, valid_n=2, teacher_nfe=4)
-        dode_fits(device, TINY, (4,), fit_n=8, fit_batch=4, scale=2)
-    elif device.type != "cuda":
-        print("full-size network of CIFAR-10: no GPU: skipped")
-    else:
-        if "step" in sections:
-            training_steps(device)
-        if "fit" in sections:
-            ld3_fits(device)
-            dode_fits(device)
+    for part in sys.argv[1:] or PARTS:
+        if part == "tiny":
+            tiny(device)
+        elif part in ("step", "fit") and device.type != "cuda":
+            print(f"{part}: full-size network of CIFAR-10: no GPU: skipped")
+        else:
+            PARTS[part](device)
     print(f"peak memory of this process {memory_of_process():.0f} MiB")
 
 

@@ -19,18 +19,24 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FAULTS = {  # (file, its tests): [(good, bad), ...]
     ("common/solvers.py", "test_solvers"): [
-        ("x = x + (s[i + 1] - s[i]) * _slope(", "x = x - (s[i + 1] - s[i]) * _slope("),
-        ("return (x - denoiser(x, sigma)) / sigma", "return (denoiser(x, sigma) - x) / sigma"),
-        ("_slope(denoiser, x + h * slope, net[i + 1])", "_slope(denoiser, x + h * slope, net[i])"),
+        ("(s[i] - s[i + 1]) / net[i])", "(s[i + 1] - s[i]) / net[i])"),
+        ("(x - denoiser(x, sigma)).div_(sigma)", "(denoiser(x, sigma) - x).div_(sigma)"),
+        ("total.addcmul_(weight, term)", "total.addcmul_(weight.detach(), term)"),
+        ("_slope(denoiser, x_next, net[i + 1])", "_slope(denoiser, x_next, net[i])"),
+        ("(1, h / 2, h / 2)", "(1, h, h / 2)"),
         ("(net[i] * net[i + 1]).sqrt()", "(net[i] + net[i + 1]) / 2"),
         ("3: (23 / 12, -16 / 12, 5 / 12)", "3: (23 / 12, -16 / 12, 4 / 12)"),
         ("k = min(len(x0s), n - i)", "k = len(x0s)"),
         ("d1 = d1 + (d1 - d1_old) * h1 / (h1 + h2)", "d1 = d1 - (d1 - d1_old) * h1 / (h1 + h2)"),
-        ("* (weights * lagrange).sum()", "* (weights * lagrange).mean()"),
+        ("weights = weights - phi1 / 2 * d1", "weights = weights + phi1 / 2 * d1"),
+        ("lagrange = half * weights", "lagrange = weights"),
         ("*slopes[:order]]", "*slopes[:order - 1]]"),
-        ("r = torch.stack(r)", "r = torch.stack(r).detach()"),
+        ("(b2 - r[m] * b1) / (r[j] - r[m])", "(b2 + r[m] * b1) / (r[j] - r[m])"),
+        ("(b2 - r[m] * b1) / (r[j] - r[m])", "(b2 - r[m] * b1) / (r[j] - r[m]).detach()"),
+        ("1 - ratio - sum(parts)", "1 - ratio + sum(parts)"),
         ('half = (hh if variant == "bh1" else torch.expm1(hh)) / 2', "half = hh / 2"),
-        ("x0_new = denoiser(x, net[i + 1])", "x0_new = denoiser(x, s[i + 1])"),
+        ("x0_new, r = denoiser(x_next, net[i + 1])", "x0_new, r = denoiser(x_next, s[i + 1])"),
+        ("[*x0s[:k], x0_new]", "[*x0s, x0_new]"),
     ],
     ("common/diffusion.py", "test_diffusion"): [
         ("total = (sigma**2 + self.sigma_data**2).sqrt()", "total = sigma + self.sigma_data"),
@@ -97,6 +103,8 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
     ],
     ("common/fid.py", "test_fid"): [
         ("- 2 * cross", "- cross"),
+        ("root.T @ cov2 @ root", "root @ cov2 @ root.T"),
+        ("    if failed:\n", "    if False:\n"),
         (
             "delta.outer(delta) * (self.n * n / (self.n + n))",
             "delta.outer(delta) * (n / (self.n + n))",

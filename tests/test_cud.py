@@ -29,6 +29,7 @@ from common.diffusion import (
 from common.fid import make_evaluator, measure
 from common.machinery.run import Run
 from common.solvers import SOLVERS
+from common.teacher import load_teacher
 from common.unet import ddpmpp
 from scripts import EVERYWHERE, assert_refused, run_script
 
@@ -305,6 +306,34 @@ def test_targets_have_no_gradient_and_come_from_the_current_weights():
     assert loss.item() == pytest.approx((0.4 - 0.3) ** 2 + (0.4 - 0.8) ** 2)
     loss.backward()
     assert scale.grad.item() == pytest.approx(2 * 0.4 * (0.4 - 0.3) + 2 * 0.4 * (0.4 - 0.8))
+
+
+def catch_up_gradient(teacher, tn):
+    """Of the catch-up term, on the velocity of the shipped teacher, flat."""
+    teacher.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    x0, _ = Stream(load_dataset("digits"), 32, 0).next()
+    z1 = torch.randn(x0.shape, generator=generator)
+    t, u = torch.rand(2, 32, generator=generator)
+
+    def velocity(z, t, heads=1):
+        x, sigma = edm_from_flow(z, t)
+        return ((z - teacher(x, sigma.flatten())) / expand(t, z))[None]
+
+    cud.catch_up_loss(velocity, x0, z1, 0.05 + 0.9 * t, u / tn, w=2).backward()
+    return torch.cat([p.grad.flatten() for p in teacher.parameters() if p.grad is not None])
+
+
+def test_bfloat16_keeps_the_gradient_at_the_paper_s_steps_but_not_at_far_smaller_ones():
+    """Why CUD may train under autocast and PD not: its two times are up to 1 / TN apart."""
+    teacher, cosines = load_teacher(None, "digits", torch.device("cpu")), []
+    teacher.requires_grad_(True)
+    for tn in (16, 1600):
+        exact = catch_up_gradient(teacher, tn)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = catch_up_gradient(teacher, tn)
+        cosines.append(torch.cosine_similarity(exact, rounded, dim=0).item())
+    assert cosines[0] > 0.98 and cosines[1] < 0.6, cosines
 
 
 def test_the_encoder_gets_a_gradient_through_the_flow():

@@ -38,6 +38,13 @@ def random_moments(seed, dim=12, n=40):
     return x.mean(0), np.cov(x, rowvar=False)
 
 
+def factor(seed, n, dim=12):
+    """The rows whose products sum to the covariance of random_moments."""
+    x = np.random.default_rng(seed).normal(size=(n, dim))
+    x = x @ np.random.default_rng(seed + 1).normal(size=(dim, dim))
+    return (x - x.mean(0)) / np.sqrt(n - 1)
+
+
 # --------------------------------------------------------------------------- the distance
 
 
@@ -79,6 +86,22 @@ def test_distance_to_itself_is_zero():
         mu, cov = random_moments(3, n=n)
         assert 0 <= frechet_distance(mu, cov, mu, cov) < 1e-5
         assert frechet_distance(mu, cov, mu + 1, cov) == pytest.approx(12, abs=1e-5)
+
+
+@pytest.mark.parametrize("images", [40, 12, 5])
+def test_distance_with_singular_covariances(images):
+    """Of either, of both, and of none: the nuclear norm of A^T B, cov1 = A A^T, cov2 = B B^T.
+
+    12 images in 12 dimensions: singular, but rounding can leave a Cholesky factor.
+    """
+    for n in (images, 40):
+        (mu1, _), (mu2, _) = moments = random_moments(0, n=images), random_moments(5, n=n)
+        x, y = (factor(seed, n) for seed, n in ((0, images), (5, n)))
+        np.testing.assert_allclose(x.T @ x, moments[0][1], atol=1e-12)
+        cross = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+        expected = ((mu1 - mu2) ** 2).sum() + (x**2).sum() + (y**2).sum() - 2 * cross
+        for pair in (moments, moments[::-1]):
+            assert frechet_distance(*pair[0], *pair[1]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_moments_that_do_not_fit_are_refused():

@@ -10,6 +10,7 @@ import torch
 
 import ld3
 from common.diffusion import Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
+from common.machinery import run as run_module
 from common.machinery.run import Run
 from common.machinery.schedule import save_schedule
 from common.solvers import SOLVERS, dpmpp, ipndm, unipc
@@ -229,6 +230,21 @@ def test_checkpointing_changes_memory_only(toy, tmp_path):
     one = learn(toy_config(tmp_path, steps=6), toy)
     two = learn(toy_config(tmp_path, steps=6, checkpoint=True), toy)
     torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
+
+
+def test_the_fit_is_float32_where_others_use_bfloat16(toy, tmp_path, monkeypatch):
+    """Measured in bfloat16 on digits, 4 to 10 evaluations: theta's gradient has cosine .999 to
+    float32's, the latents' .998, and the loss is up to 4 % too large."""
+    monkeypatch.setattr(run_module, "autocast", lambda d: torch.autocast("cpu", torch.bfloat16))
+    seen, forward = set(), toy.forward
+
+    def spy(*arguments):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return forward(*arguments)
+
+    monkeypatch.setattr(toy, "forward", spy)
+    learn(toy_config(tmp_path, steps=2), toy)
+    assert seen == {False}
 
 
 def saved_latents(folder):

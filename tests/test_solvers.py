@@ -19,6 +19,7 @@ import pytest
 import torch
 from numpy.polynomial import Polynomial
 from scipy.integrate import quad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import UsageError
 from common.diffusion import GaussianMixture, sigma_grid, v_from_x0, vp_from_edm
@@ -807,6 +808,31 @@ def test_callback_sees_the_state_at_every_node(name, order, extra):
         for i in range(1, N):
             x = SOLVERS[name](MIXTURE, START, GRID[: i + 1], order=order, **extra)
             close(seen[i][1], x, 1e-12)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose result the host would wait, were the tensors on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "_linalg_", "nonzero", "lift_fresh")
+        self.count += function.overloadpacket.__name__.startswith(waits)
+        return function(*args, **(kwargs or {}))
+
+
+@every_solver
+def test_between_two_evaluations_no_gpu_is_waited_for(name, order, extra):
+    """Nor in the backward pass, through the grid."""
+    counts, sigmas = [], zero(GRID[:-1]).requires_grad_()
+    with Waits() as waits:
+
+        def denoiser(x, sigma):
+            counts.append(waits.count)
+            return x / (1 + sigma)
+
+        SOLVERS[name](denoiser, START, sigmas, order=order, **extra).sum().backward()
+    assert counts[0] > 0 and {*counts, waits.count} == {counts[0]}
 
 
 @every_solver
