@@ -4,7 +4,7 @@ Idea: with few steps, *where* a solver evaluates the network matters as much as 
 trains the noise levels of the time grid, by backpropagation through the whole solver, so that
 its samples match those of an accurate teacher solver. The network is frozen.
 
-Loss (soft objective, Eq. 8), x_T ~ N(0, I); the hard one has x'_T = x_T:
+Loss (soft objective, trainer.py:216), x_T ~ N(0, I); the hard one has x'_T = x_T:
     E  min over x'_T with |x'_T - x_T| <= r  of  d(Psi_xi(sigma_max x'_T), Psi(sigma_max x_T))
 Psi_xi: the few-step solver on the grid xi = (theta1, theta2); Psi: the teacher solver;
 d: a distance of images; r = 0.001 H W C / N^2. The paper's t is our sigma.
