@@ -237,7 +237,8 @@ def train(config, run=None, teacher=None, classifier=None):
     student = copy.deepcopy(stage_teacher).requires_grad_(True)  # eval mode: no dropout
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, config.batch_size, config.seed, config.flip)
-    run.prepare(student.net, stage_teacher.net)
+    steps = sum(updates for _, updates in stages_of(config))
+    run.prepare(student.net, stage_teacher.net, steps=steps)
 
     def loss_fn(n, x, sigma, sigma_mid, sigma_end, labels):
         with torch.no_grad():

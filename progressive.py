@@ -238,7 +238,8 @@ def train(config, run=None, teacher=None):
     stage_teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, config.batch_size, config.seed, config.flip)
-    run.prepare(student.net, stage_teacher.net, teacher.net)
+    steps = sum(updates for _, updates in stages_of(config))
+    run.prepare(student.net, stage_teacher.net, teacher.net, steps=steps)
 
     def loss_fn(n, x, sigma, sigma_mid, sigma_end, labels):
         with torch.no_grad():

@@ -185,7 +185,7 @@ class NetworkOptions(TrainingOptions):
     arch: str | None = option(None, "network: a setting of common.unet", choices=tuple(ARCHS))
     model_channels: int | None = option(None, "width of the network", above=0)
     channel_mult: tuple[int, ...] | None = option(
-        None, "width per resolution, in multiples of --model-channels (folder: by the images' size)",
+        None, "width per resolution, in multiples of --model-channels (folder: by the size)",
         repeats=True,
     )
     num_blocks: int | None = option(None, "residual blocks per resolution", above=0)
@@ -324,7 +324,7 @@ def train(config):
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, config.batch_size, config.seed, config.flip)
     run.prepare(denoiser.net)
-    run.say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(data.images):,} images")
+    run.say(f"{len(data.images):,} images of {data.resolution}x{data.resolution}")
 
     def loss_fn(x0, noise, sigma, labels):
         return edm_loss(denoiser, x0, noise, sigma, labels)

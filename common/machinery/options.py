@@ -270,7 +270,7 @@ def _first_screen(parser, description):
 def parse_config(config_class, presets, description, argv=None):
     """Command line -> `config_class(**flags)`.
 
-    --help: the idea, the everyday options, the commands. --help-all: everything, presets as a table.
+    --help: idea, everyday options, commands. --help-all: everything, presets as a table.
     """
     epilog = "" if not presets else (
         "presets (a flag given on the command line wins; folder-gpu: --dataset folder on a GPU "
