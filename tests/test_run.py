@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,7 +226,7 @@ def test_a_table_says_what_real_images_and_noise_have(tmp_path, capsys):
     unseen = "digits-classifier-seed1-0a1b2c"
     row = {"fid": 1.25, "fid_features": "digits-classifier", "fid_n": 64, "recall": 0.5}
     row |= {"fid_unseen": 2.5, "fid_unseen_features": unseen, "precision_recall_features": unseen}
-    row |= {"rmse_to_teacher": 0.123456, "inception_score": 1.23456, "precision": 0.123456}
+    row |= {"rmse_to_teacher": 0.123456, "precision": 0.123456}
     run = make(tmp_path)
     run.references = {
         "fid": {"noise": 98.76543, "real": 0.5, "real_n": 297}, "fid_unseen": {"noise": 70.0}
@@ -284,17 +285,25 @@ def test_the_memory_of_a_training_is_what_its_forward_pass_keeps(classes):
         net(x, torch.ones(4), labels)
     images = sum(s.nbytes() for p, s in kept.items() if p not in weights)
     parameters = 20 * sum(p.numel() for p in net.parameters())
-    assert expected - parameters == pytest.approx(images, rel=0.05)
+    assert expected - parameters == pytest.approx(images, rel=0.1)
     assert twice - expected == expected - parameters
     assert not any(p.grad is not None for p in net.parameters())
 
 
-def start(run, steps=5, slow=0, **options):
-    run.config = SimpleNamespace(**vars(run.config), batch_size=32, **options)
+@dataclass
+class Sized(Config):
+    batch_size: int = 32
+    batch_per_gpu: int | None = None
+    checkpoint: bool = False
+    compile: bool = False
+
+
+def start(out, steps=5):
+    run = Run("method", Sized(out=str(out)), checkpoint_seconds=1e9)
     net = small_unet()
     run.prepare(net, copy.deepcopy(net).requires_grad_(False), steps=100)
     for _ in run.steps(steps):
-        run.start += slow
+        pass
     return sum(p.numel() for p in net.parameters())
 
 
@@ -302,17 +311,15 @@ def test_a_training_says_its_size_before_and_its_time_after_the_first_steps(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(machinery, "bytes_at_hand", lambda device: 2**40)
-    run = make(tmp_path)
-    flags = {"batch_per_gpu": None, "checkpoint": False, "compile": False}
     clock = iter(range(0, 10**6, 2))  # two seconds pass from one look at the clock to the next
     monkeypatch.setattr(machinery, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    count = start(run, **flags)
+    count = start(tmp_path)
     size, time = capsys.readouterr().out.splitlines()[1:]
     assert size.startswith(f"{count:,} parameters to train, 100 steps of 32 images, about 0.")
     assert size.endswith(" GB of memory")
     assert re.match(r"\d+ s a step, about \d+ minutes of training, [\d.]+ GB used so far$", time)
     monkeypatch.setattr(machinery, "bytes_at_hand", lambda device: 2**20)
-    start(make(tmp_path), steps=1, **flags)
+    start(tmp_path, steps=1)
     assert re.search(r" GB of memory, of 0.00098: try --batch-per-gpu \d+$",
                      capsys.readouterr().out.splitlines()[-1])
 

@@ -479,11 +479,10 @@ def table(results, columns, references=None):
     for space, metrics in spaces.items():
         line = f"{', '.join(metrics)} {space}"
         about = (references or {}).get(metrics[0])
+        if about and "real" in about:
+            line += f": real test images have {about['real']:.4g} (n={about['real_n']})"
         if about:
-            known = f"real test images have {about['real']:.4g} (n={about['real_n']}), " * (
-                "real" in about
-            )
-            line += f": {known}noise {about['noise']:.4g}"
+            line += f"{',' if 'real' in about else ':'} noise {about['noise']:.4g}"
         above.append(line)
     lines = [columns] + [[_cell(row.get(c)) for c in columns] for row in results]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
