@@ -12,7 +12,7 @@ from PIL import Image
 from test_house import SCRIPTS
 
 from common import UsageError
-from common.machinery import options
+from common.machinery import options as machinery
 from common.machinery.options import (
     Options,
     TrainingOptions,
@@ -192,7 +192,7 @@ def test_the_preset_of_a_folder_follows_machine_and_images(tmp_path, monkeypatch
     both, there = {"digits": {}, "folder": {}, "folder-gpu": {}}, torch.cuda.is_available()
 
     def name(device, images, presets=both):
-        monkeypatch.setattr(options, "count", lambda path, stamp: images)
+        monkeypatch.setattr(machinery, "count", lambda path, stamp: images)
         return preset_name(Config("folder", str(tmp_path), device=device), presets)
 
     assert name("cpu", 50_000) == "folder" and name("cuda:1", 9_999) == "folder"
