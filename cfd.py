@@ -177,7 +177,10 @@ PRESETS = {
     "mnist": {**_DIGITS, "updates": 150, "batch_size": 64, "eval_batch": 32},
     "cifar10": _CIFAR10,
     "imagenet64": {**_CIFAR10, "batch_size": 2048, "lr": 1e-4, "flip": False},
-    "folder": {**_CIFAR10, "eval_n": 10_000},
+    "folder": {
+        **_DIGITS, "updates": 100, "batch_size": 32, "flip": True, "eval_n": 500, "eval_batch": 50
+    },
+    "folder-gpu": {**_CIFAR10, "eval_n": 10_000},
 }
 SMOKE = dict(from_steps=4, cfd_from=2, updates=2, batch_size=4, eval_n=32, eval_batch=32)
 
@@ -221,11 +224,11 @@ def stages_of(config):
     return plan(first // 2, config.to_steps, config.updates)
 
 
-def train(config, run=None, teacher=None):
+def train(config, run=None, teacher=None, classifier=None):
     """Distil stage after stage, each leaves student-N.pt in --out. Returns the last student."""
     run = run or Run("cfd", config)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    classifier = make_classifier(config, run.device)
+    classifier = classifier or make_classifier(config, run.device)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
     check_classes(config, teacher, data)
     stage_teacher = copy.deepcopy(teacher)
@@ -234,7 +237,8 @@ def train(config, run=None, teacher=None):
     student = copy.deepcopy(stage_teacher).requires_grad_(True)  # eval mode: no dropout
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, config.batch_size, config.seed, config.flip)
-    run.prepare(student.net, stage_teacher.net)
+    steps = sum(updates for _, updates in stages_of(config))
+    run.prepare(student.net, stage_teacher.net, steps=steps)
 
     def loss_fn(n, x, sigma, sigma_mid, sigma_end, labels):
         with torch.no_grad():
@@ -307,8 +311,9 @@ def main():
         if config.pd and n <= config.cfd_from:
             path = f"{config.pd}/student-{n}.pt"
             students["pd", n] = load_student(path, copy.deepcopy(teacher))
+    classifier = make_classifier(config, run.device)  # first: its weights may be missing
     evaluator = make_evaluator(config, run.device, unseen=True)
-    train(config, run, teacher)
+    train(config, run, teacher, classifier)
     for n, _ in stages_of(config):
         if n in config.nfe:
             name = "pd" if n >= config.cfd_from else "cfd"

@@ -19,9 +19,9 @@ Differences from the official code (Catch-Up-Distillation, commit 7d271f1):
     and log variance (theirs: one of twice the channels).
  4. Heun's steps cover the whole interval (theirs: half of it).
  5. digits: adaptive weights, TN = 160 (theirs: neither; 16).
-Result on digits, FID of 4 evaluations: 2.75 +- .13; rectified flow: 5.44 +- .16. More: RESULTS.md
-    python cud.py --baseline                 # digits: 9 minutes on 2 CPU cores, 5 without baseline
-    python cud.py --dataset mnist --rk 34    # 28x28 images, three heads
+Digits, FID of 4 evaluations: 2.75 +- .13; rectified flow: 5.44 +- .16. More: RESULTS.md
+    python cud.py --baseline               # digits: 9 minutes on 2 CPU cores, 5 without
+    python cud.py --dataset mnist --rk 34  # three heads
 """
 import copy
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ from common.teacher import NetworkOptions, ema_update, new_network
 EPS = 1e-5  # smallest t
 FLOWS = ("rectified-flow", "rectified-flow-equal-compute")
 
-# ------------------------ the method
+# --- the method
 
 
 def catch_up_targets(velocity, z, t, h, k1, flow_target, heads=1):
@@ -150,7 +150,7 @@ def sample(velocity, noise, nfe=1, solver="euler", **options):
     return SOLVERS[solver](denoiser, noise, t, **options)
 
 
-# ------------------------ options
+# --- options
 
 
 @dataclass
@@ -163,21 +163,22 @@ class Config(NetworkOptions):
     encoder_channels: int | None = option(None, "width of the encoder", above=0)
     shakedrop: bool | None = option(None, "weigh decoder against skips by t (official)")
     phi: float | None = option(None, "ShakeDrop: the decoder's share at t = 0", low=0, high=1)
-    baseline: bool = option(False, "also rectified flow: equal iterations, then equal compute")
+    baseline: bool = option(False, "also rectified flow: equal iterations; equal compute")
     distill_steps: int | None = option(None, "one-step iterations per target; 0: none", low=0)
     distill_n: int | None = option(None, "its noise images", above=0)
-    distill_lr: float | None = option(None, "its learning rate", above=0)
+    distill_lr: float | None = option(None, "its rate", above=0)
     nfe: tuple[int, ...] = option((1, 2, 4, 8, 16), "network evaluations")
-    solver: str = option("euler", "sampler (official: euler)", choices=tuple(SOLVERS))
+    solver: str = option("euler", "sampler (official)", choices=tuple(SOLVERS))
 
     def __post_init__(self):
         complete(self, PRESETS, SMOKE)
+        self.fit_network()
         self.heads = int(self.rk[0])
         for nfe in (*self.nfe, *[1] * (self.distill_steps > 0)):
             steps_for(self.solver, nfe, ends_in_zero=True)
 
 
-# Official: README commands, configs/*.json. Chosen here: digits, flips.
+# Official: README, configs/*.json. Chosen here: digits, flips.
 _CIFAR10 = dict(
     tn=16, adaptive_weight=False, independent=False, shakedrop=True, phi=0.75, arch="ddpmpp",
     model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,),
@@ -203,11 +204,15 @@ PRESETS = {
         attn_resolutions=(32, 16, 8), dropout=0.1, encoder_channels=64, flip=False,
         batch_size=1024, lr=4e-4, distill_n=10_000, distill_lr=4e-4, eval_batch=128,
     ),
-    "folder": dict(_CIFAR10, eval_n=10_000),
+    "folder": dict(
+        _DIGITS, model_channels=16, channel_mult=None, attn_resolutions=None,
+        flip=True, steps=600, batch_size=32, distill_n=1024, eval_n=500,
+    ),
+    "folder-gpu": dict(_CIFAR10, eval_n=10_000),
 }
 SMOKE = dict(steps=4, batch_size=8, warmup=1, distill_steps=1, distill_n=16, eval_n=32)
 
-# ------------------------ training
+# --- training
 
 
 def make_net(config, data, encoder=False):
@@ -302,7 +307,7 @@ def train_one_step(config, run, stream, trained, emas, optimizer):
 
 
 def train(config, run=None):
-    """Returns the EMAs of what the options ask for, {row name: Velocity}."""
+    """Returns the EMAs asked for, {row name: Velocity}."""
     run = run or Run("cud", config)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
     stream = Stream(data, config.batch_size, config.seed, config.flip)

@@ -14,16 +14,15 @@ Heads see frozen networks' features, mixed at random (Projected GAN, arXiv:2111.
 Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):
  1. L_D takes the fake images of L_G, made before G's update (theirs: new ones).
  2. Frozen: vgg16_bn and efficientnet_b0 (theirs: vgg16_bn or DeiT, efficientnet_lite0); on
-    digits and MNIST a classifier, of another training seed than those of the FIDs.
+    small data: a classifier, of another seed than those of the FIDs.
  3. Heads: spectral norm alone (Projected GAN: batch norm too); the logit of the image's
     class (theirs: a pretrained embedding).
  4. Checkpoints hold all of disc (theirs: without the random projections).
  5. A gradient that is not finite stops the run (theirs: replaced by 0 or +-1e5).
- 6. Frozen tensors get no gradient (theirs: 16 of 144 do, unused).
- 7. Not here: hinge loss, teachers' targets, several steps (these two cannot run there).
+ 6. Not here: hinge loss, teachers' targets, several steps.
 Digits: FID .69 +- .10 (GDD-I), .59 +- .09 (GDD); DDIM 10: 1.29. More: RESULTS.md
-    python distributional.py                # digits, GDD-I: 5 minutes on one CPU core
-    python distributional.py --freeze none  # GDD: everything is trained
+    python distributional.py                # digits, GDD-I: 5 min on one CPU core
+    python distributional.py --freeze none  # GDD: all is trained
     python distributional.py --dataset cifar10 --teacher edm-cifar10-32x32-uncond-ve
 """
 import copy
@@ -50,7 +49,7 @@ from common.machinery.run import Run
 from common.solvers import euler, heun
 from common.teacher import check_classes, ema_decay, ema_update, load_teacher
 
-# ------------- the generator
+# --- the generator
 
 
 class Generator(Denoiser):
@@ -86,7 +85,7 @@ def one_step(generator, sigma_max):
     return lambda noise, labels: generator(sigma_max * noise, sigma_max, labels)
 
 
-# ------------- losses; real, fake: logits [(B, n_k)] of x0, G(z)
+# --- losses; real, fake: logits [(B, n_k)] of x0, G(z)
 
 
 def generator_loss(fake):
@@ -108,7 +107,7 @@ def r1_penalty(disc, x0, labels=None, gamma=1e-4):
     return gamma / 2 * gradient.square().sum((1, 2, 3)).mean()
 
 
-# ------------- the discriminator
+# --- the discriminator
 
 
 class Projection(nn.Module):
@@ -218,7 +217,7 @@ def feature_networks(config, device):
     return [load_classifier(config.dataset, device, 2, config.data_dir, steps)]
 
 
-# ------------- options
+# --- options
 
 
 @dataclass
@@ -249,7 +248,7 @@ class Config(DistillationOptions):
         require(self.images >= self.batch_size, "images", self.images, at_least)
 
 
-# Official: train.sh, training_loop.py; eval_n 50k: the usual FID. Digits, MNIST: chosen here.
+# Official: train.sh, training_loop.py; eval_n: the usual FID. Small data: chosen here.
 _CIFAR10 = dict(
     features="imagenet", width=64, images=5_000_000, batch_size=256, lr=1e-4, lr_d=1e-4,
     ema_images=5e5, eval_n=50_000, eval_batch=256,
@@ -262,15 +261,16 @@ PRESETS = {
     "imagenet64": dict(
         _CIFAR10, images=10_000_000, batch_size=512, lr=8e-6, lr_d=4e-5, ema_images=5e7
     ),
-    "folder": dict(_CIFAR10, images=10_000_000, lr=2e-5, lr_d=4e-5, eval_n=10_000),
+    "folder": dict(_SMALL, images=20_000, batch_size=32, eval_n=500, eval_batch=50),
+    "folder-gpu": dict(_CIFAR10, images=10_000_000, lr=2e-5, lr_d=4e-5, eval_n=10_000),
 }
 SMOKE = dict(features="classifier", width=8, images=64, batch_size=8, eval_n=16, eval_batch=16)
 
 
-# ------------- training
+# --- training
 
 
-def train(config, run=None, teacher=None):
+def train(config, run=None, teacher=None, networks=None):
     """Train a generator against a discriminator; return the generator's EMA."""
     run = run or Run("distributional", config)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
@@ -279,7 +279,8 @@ def train(config, run=None, teacher=None):
     generator = make_generator(teacher, config.freeze)
     ema = copy.deepcopy(generator).requires_grad_(False)
     shape, classes = teacher.net.img_shape, teacher.net.label_dim
-    disc = Discriminator(feature_networks(config, run.device), shape, config.width, classes)
+    networks = networks or feature_networks(config, run.device)
+    disc = Discriminator(networks, shape, config.width, classes)
     disc = disc.to(run.device, memory_format=torch.channels_last)
     run.prepare(generator.net)
 
@@ -292,7 +293,7 @@ def train(config, run=None, teacher=None):
     stream = Stream(data, config.batch_size, config.seed)
     sample = one_step(generator, config.sigma_max)
     loss_r1 = partial(r1_penalty, disc, gamma=config.r1_gamma * config.r1_every)
-    fakes = []  # the generator's images, in parts
+    fakes = []  # G(z), in parts
 
     def loss_g(noise, labels):
         fake = sample(noise, labels)  # (B, C, H, W)
@@ -320,7 +321,7 @@ def train(config, run=None, teacher=None):
         optimizer_d=optimizer_d, stream=stream,
     )
     for step in run.steps(config.images // config.batch_size):
-        x0, labels = stream.next()  # (B, C, H, W), (B,): fake images' labels too
+        x0, labels = stream.next()  # (B, C, H, W), (B,): fakes' labels too
         noise = run.randn(config.batch_size, *shape)
         run.loss = {
             "generator": update(optimizer_g, loss_g, noise, labels),
@@ -339,8 +340,9 @@ def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("distributional", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
+    networks = feature_networks(config, run.device)  # may be missing: first
     evaluator = make_evaluator(config, run.device, unseen=True)
-    generator = train(config, run, teacher)
+    generator = train(config, run, teacher, networks)
     if teacher.arch == "diffusers" and run.rank == 0:
         generator.save(run.out / "generator")
 

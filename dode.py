@@ -24,7 +24,7 @@ Differences from the paper and its code (D-ODE-Solvers, commit 6dc5a1c):
 6. DPM-Solver-2's inner level: the middle in log sigma (theirs: in VP time). DEIS integrates
    exactly (theirs: a Riemann sum). With odd --nfe, heun and dpm2 end with an Euler step.
 Result on digits, 5 NFE, RMSE to a fine trajectory: ddim .229 -> .176. More: RESULTS.md
-    python dode.py                         # digits: half a minute
+    python dode.py                         # digits: 30 s
     python dode.py --lambdas lambdas.json  # measure those of an earlier run
 """
 import math
@@ -54,7 +54,7 @@ SOLVERS = {
 }
 
 
-# ---------------------------- a solver, one evaluation at a time
+# --- a solver, one evaluation at a time
 
 class Stage(NamedTuple):
     """One evaluation and the move after it: x <- start + sum_j weights[j] slope_j.
@@ -138,7 +138,7 @@ def integrate(denoiser, x, stages, lambdas=None, output="x0"):
     return point.x
 
 
-# -------------------------------------------------------- the fit
+# --- the fit
 
 def student_grid(config, solver, nfe):
     """Noise levels (n+1,) for `nfe` evaluations: one a step, or two (n is rounded up)."""
@@ -221,7 +221,8 @@ PRESETS = {
     "mnist": dict(fit_n=128, fit_batch=32, reference_nfe=50, eval_n=512, eval_batch=32),
     "cifar10": _OFFICIAL,
     "imagenet64": {**_OFFICIAL, "eval_batch": 128},
-    "folder": {**_OFFICIAL, "eval_n": 10_000},
+    "folder": dict(fit_n=128, fit_batch=32, reference_nfe=50, eval_n=500, eval_batch=50),
+    "folder-gpu": {**_OFFICIAL, "eval_n": 10_000},
 }
 SMOKE = dict(fit_n=8, fit_batch=4, reference_nfe=8, eval_n=32, eval_batch=32)
 

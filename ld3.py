@@ -14,16 +14,16 @@ Differences from the paper and its official code (github.com/vinhsuhi/LD3, commi
     logits theta1, which are equal at first: decoupling starts late).
  2. Validation latents never move (theirs do: optimistic).
  3. UniPC is differentiated through all its coefficients (theirs detaches the ratios r_i).
- 4. d: LPIPS if installed (theirs), else classifier features; l2 on digits and MNIST.
+ 4. d: LPIPS if installed (theirs), else classifier features; small data: l2.
  5. Validation every 5 updates; a plateau is 5 validations (theirs: 1 and 5 updates). Theirs
     also reloads the best grid every round, keeps the rates at the first plateau, lowers
     theta2's in phase 2 only, and trains on the last, partial batch of a round.
  6. digits: 100 training latents, batches of 10, rate of theta2 2 / N (theirs: 50, 2, 0.1 / N).
-Result on digits, 5 evaluations: RMSE to the teacher .342 (best hand-made grid) -> .098 +- .007.
-    python ld3.py                                 # digits: half a minute on 2 CPU cores
-    python ld3.py --solver dpmpp --nfe 8          # another solver and budget
+Digits, 5 evaluations: RMSE to the teacher .342 (best hand-made grid) -> .098 +- .007.
+    python ld3.py                             # digits: 30 s on 2 CPU cores
+    python ld3.py --solver dpmpp --nfe 8      # another solver
     python ld3.py --steps 0 --schedule runs/ld3-digits/schedule.json  # only measure
-    python ld3.py --dataset cifar10 --nfe 10      # one GPU.   More results: RESULTS.md
+    python ld3.py --dataset cifar10 --nfe 10  # one GPU. More results: RESULTS.md
 """
 import copy
 import importlib.util
@@ -177,7 +177,8 @@ PRESETS = {
     "mnist": {**_OFFICIAL, **_SMALL, "eval_batch": 32},
     "cifar10": _OFFICIAL,
     "imagenet64": {**_OFFICIAL, "eval_batch": 128},
-    "folder": {**_OFFICIAL, "eval_n": 10_000},
+    "folder": {**_OFFICIAL, **_SMALL, "eval_n": 500, "eval_batch": 50},
+    "folder-gpu": {**_OFFICIAL, "eval_n": 10_000},
 }
 SMOKE = dict(
     steps=4, theta1_steps=2, train_n=4, valid_n=2, batch_size=2, eval_n=32, eval_batch=32

@@ -177,7 +177,10 @@ PRESETS = {
     "mnist": {**_DIGITS, "updates": 150, "batch_size": 64, "eval_batch": 32},
     "cifar10": _CIFAR10,
     "imagenet64": {**_CIFAR10, "from_steps": 1024, "batch_size": 2048, "lr": 1e-4, "flip": False},
-    "folder": {**_CIFAR10, "from_steps": 1024, "eval_n": 10_000},
+    "folder": {
+        **_DIGITS, "updates": 100, "batch_size": 32, "flip": True, "eval_n": 500, "eval_batch": 50
+    },
+    "folder-gpu": {**_CIFAR10, "from_steps": 1024, "eval_n": 10_000},
 }
 SMOKE = dict(from_steps=4, updates=2, batch_size=4, eval_n=32, eval_batch=32)
 
@@ -235,7 +238,8 @@ def train(config, run=None, teacher=None):
     stage_teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, config.batch_size, config.seed, config.flip)
-    run.prepare(student.net, stage_teacher.net, teacher.net)
+    steps = sum(updates for _, updates in stages_of(config))
+    run.prepare(student.net, stage_teacher.net, teacher.net, steps=steps)
 
     def loss_fn(n, x, sigma, sigma_mid, sigma_end, labels):
         with torch.no_grad():

@@ -236,9 +236,17 @@ def _read_image(path, name, opener):
         reason = f"{one_line(name)} is not a readable image ({one_line(error)})"
         raise UsageError(f"--data-dir {path}: {reason}") from None
     if not fits:
+        mend = []
+        if mode not in ("L", "RGB"):
+            mend.append("convert it to RGB, by PIL's Image.open(f).convert('RGB').save(f)")
+        if width != height:
+            mend.append("crop it to a square")
+        if max(width, height) > LARGEST:
+            mend.append("scale it down")
         raise UsageError(
             f"--data-dir {path}: {one_line(name)} is {width}x{height} of PIL mode {mode}; "
-            f"images must be square, of mode L or RGB, and at most {LARGEST} pixels wide"
+            f"images must be square, of mode L or RGB, and at most {LARGEST} pixels wide: "
+            f"{', '.join(mend)}"
         )
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
@@ -254,6 +262,19 @@ def fingerprint(name, data_dir, exact=False):
     files = stamp(path)
     place = hashlib.sha256(f"{path} {count(path, files)}".encode()).hexdigest()[:8]
     return f"-{place}-{files}" if exact else f"-{place}"
+
+
+def has_test_images(name, data_dir):
+    """Whether held-out images are at hand, without a download."""
+    root = Path(data_dir or cache_dir() / "data")
+    if name == "mnist":
+        return len(list(root.glob("MNIST/raw/*-ubyte.gz"))) == 4
+    if name == "cifar10":
+        return (root / "cifar-10-batches-py").is_dir()
+    if name == "digits":
+        return True
+    path = find_source(name, data_dir)
+    return not is_downsampled(path) and _folder(path, "test").split == "test"
 
 
 def shape_of(name, data_dir):

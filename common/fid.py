@@ -4,6 +4,7 @@
 the images are in colour, else that of the data set's own classifier: such numbers compare methods
 on one data set with one classifier, never with a paper. Each number carries its feature space.
 """
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from common.datasets import (
     ASSETS,
     evenly,
     fingerprint,
+    has_test_images,
     is_downsampled,
     load_dataset,
     shape_of,
@@ -188,6 +190,35 @@ def features_of(images, extractor, batch_size=250):
 
 
 # ----------------------------------------------------------------------------------- references
+
+# FID of all test images of a data set, and their number, in the features of shipped classifiers.
+# Of digits: of other writers; 297 of the training images have 0.7, for being few.
+HELD_OUT = {"digits-classifier": (1.414, 297), "mnist-classifier": (0.0286, 10_000)}
+
+
+def real_fid(config, evaluator):
+    """FID of real, held-out images, and their number; None where there are none at hand."""
+    name, data_dir, space = config.dataset, config.data_dir, evaluator.extractor
+    if evaluator.against == "train" and space.name in HELD_OUT:
+        return HELD_OUT[space.name]
+    if not has_test_images(name, data_dir):
+        return None
+    mu, cov, n = reference_moments(name, space, data_dir, "test")
+    return frechet_distance(mu, cov, *evaluator.reference[:2]), n
+
+
+def reference_fids(config, evaluator, noise):
+    """{"fid": {"noise", "real", "real_n"}, ...}: what a FID is to be compared with.
+
+    noise: the row of images of pure noise.
+    """
+    found = {}
+    for metric, space in (("fid", evaluator), ("fid_unseen", evaluator.unseen)):
+        if space:
+            found[metric] = {"noise": noise[metric]}
+            if real := real_fid(config, space):
+                found[metric].update(zip(("real", "real_n"), real))
+    return found
 
 
 def reference_moments(dataset_name, extractor, data_dir=None, split="train"):
@@ -375,6 +406,7 @@ def measure(run, samplers, net, evaluator=None, reference=None):
     A row has the columns of `Metrics.row` and, if `reference` names one of the samplers,
     `rmse_to_teacher`: the root mean square difference from its images, over images and pixels in
     [-1, 1]. Under torchrun every rank samples its share. Without an evaluator: only pictures.
+    In a classifier's features `run.references` gets the FIDs of real images and of pure noise.
     Raises UsageError if a sampler's values are not finite.
     """
     config, device, shape = run.config, run.device, net.img_shape
@@ -384,6 +416,10 @@ def measure(run, samplers, net, evaluator=None, reference=None):
     first_ones = [label for label, (name, _, _) in labelled.items() if name == reference]
     order = [*first_ones, *(label for label in labelled if label not in first_ones)]
     metrics = {label: Metrics(evaluator, n) for label in order} if evaluator else {}
+    pure_noise = None
+    if evaluator and evaluator.extractor.name != "inception":
+        second = evaluator.unseen and dataclasses.replace(evaluator.unseen, real=None)
+        pure_noise = Metrics(dataclasses.replace(evaluator, unseen=second, real=None), n)
     pictures = {label: [torch.zeros(0, *shape, dtype=torch.uint8)] for label in labelled}
     squares, target = torch.zeros(len(order), dtype=torch.float64, device=device), None
     total = (share.stop - share.start) * len(order)
@@ -392,6 +428,8 @@ def measure(run, samplers, net, evaluator=None, reference=None):
             seeds = range(first, min(first + config.eval_batch, share.stop))
             noise = noise_from_seeds(seeds, shape, device)
             labels = labels_for(seeds, net.label_dim, device)
+            if pure_noise:
+                pure_noise.add(noise, first)
             for i, label in enumerate(order):
                 bar.set_postfix_str(label, refresh=False)
                 x0 = labelled[label][2](noise, labels).float()
@@ -409,6 +447,8 @@ def measure(run, samplers, net, evaluator=None, reference=None):
                     pictures[label].append(to_uint8(x0[:16]).cpu())
                 bar.update(len(seeds))
     rmse = (sum_over_ranks(squares) / (n * torch.Size(shape).numel())).sqrt().tolist()
+    if pure_noise:
+        run.references = reference_fids(config, evaluator, pure_noise.row())
     rows = []
     for label, (name, nfe, _) in labelled.items():
         rows.append({"name": name, "nfe": nfe, **(metrics[label].row() if evaluator else {})})

@@ -185,7 +185,8 @@ class NetworkOptions(TrainingOptions):
     arch: str | None = option(None, "network: a setting of common.unet", choices=tuple(ARCHS))
     model_channels: int | None = option(None, "width of the network", above=0)
     channel_mult: tuple[int, ...] | None = option(
-        None, "width per resolution, in multiples of --model-channels", repeats=True
+        None, "width per resolution, in multiples of --model-channels (folder: by the size)",
+        repeats=True,
     )
     num_blocks: int | None = option(None, "residual blocks per resolution", above=0)
     attn_resolutions: tuple[int, ...] | None = option(None, "resolutions with self-attention")
@@ -196,6 +197,23 @@ class NetworkOptions(TrainingOptions):
     batch_size: int | None = option(None, "images per step, over all ranks", above=0)
     lr: float | None = option(None, "Adam's learning rate at its highest", above=0)
     warmup: int | None = option(None, "steps of linear warm-up", low=0)
+
+    def fit_network(self):
+        """Levels by the images' size, where neither a flag nor a preset gives them."""
+        if self.channel_mult is None or self.attn_resolutions is None:
+            mult, attention = levels_for(shape_of(self.dataset, self.data_dir)[-1])
+            self.channel_mult = self.channel_mult or mult
+            if self.attn_resolutions is None:
+                self.attn_resolutions = attention
+
+
+def levels_for(resolution):
+    """channel_mult, attn_resolutions of a small U-Net: halved while even and above 8 pixels."""
+    sizes = [resolution]
+    while sizes[-1] % 2 == 0 and sizes[-1] > 8:
+        sizes.append(sizes[-1] // 2)
+    mult = tuple(min(2**i, 4) for i in range(len(sizes)))
+    return mult, tuple(size for size in sizes[-1:] if size <= 16)
 
 
 def new_network(config, data, **changes):
@@ -220,7 +238,11 @@ def new_network(config, data, **changes):
     try:
         return ARCHS[config.arch](**kwargs), kwargs
     except ValueError as error:
-        raise UsageError(f"--dataset {config.dataset} with --arch {config.arch}: {error}") from None
+        halved = "cannot be halved" in str(error)
+        mult = " ".join(map(str, levels_for(data.resolution)[0]))
+        right = f"; try --channel-mult {mult}" if halved else ""
+        name = f"--dataset {config.dataset} with --arch {config.arch}"
+        raise UsageError(f"{name}: {error}{right}") from None
 
 
 @torch.no_grad()
@@ -250,6 +272,7 @@ class Config(NetworkOptions):
 
     def __post_init__(self):
         complete(self, PRESETS, SMOKE)
+        self.fit_network()
 
 
 # CIFAR-10, ImageNet-64: EDM's hyper-parameters (Karras et al. 2022, F.2); the rest: chosen here.
@@ -275,7 +298,11 @@ PRESETS = {
         attn_resolutions=(32, 16, 8), dropout=0.1, flip=False, steps=610_000, batch_size=4096,
         lr=1e-4, warmup=2500, ema_images=5e7, eval_n=50_000, eval_batch=256,
     ),
-    "folder": _CIFAR10,
+    "folder": dict(  # channel_mult, attn_resolutions: by the images' size
+        arch="ddpmpp", model_channels=16, num_blocks=1, dropout=0.0, flip=True, steps=600,
+        batch_size=32, lr=2e-3, warmup=50, ema_images=5e4, eval_n=500, eval_batch=50,
+    ),
+    "folder-gpu": _CIFAR10,
 }
 SMOKE = dict(steps=3, batch_size=8, eval_n=16, eval_batch=16, warmup=1)
 
@@ -297,7 +324,7 @@ def train(config):
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, config.batch_size, config.seed, config.flip)
     run.prepare(denoiser.net)
-    run.say(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(data.images):,} images")
+    run.say(f"{len(data.images):,} images of {data.resolution}x{data.resolution}")
 
     def loss_fn(x0, noise, sigma, labels):
         return edm_loss(denoiser, x0, noise, sigma, labels)

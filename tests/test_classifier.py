@@ -1,5 +1,7 @@
 """common/classifier.py: accuracy, gradients, random numbers, and what is cached."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -185,6 +187,17 @@ def test_training_reduces_the_error(capsys):
     assert f"{100 * share:.2f} % of 297 held-out images" in capsys.readouterr().out
 
 
+def test_a_training_is_announced_with_its_purpose_and_its_time(capsys):
+    train_classifier("digits", seed=1, steps=8)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("training a classifier of digits (seed 1) for the features of fid_un")
+    assert re.search(r": 8 steps, about \d+ s$", line)
+
+
+def test_a_small_folder_takes_fewer_steps():
+    assert [classifier.folder_steps(n) for n in (12, 4000, 200_000)] == [500, 1562, 3000]
+
+
 def test_a_file_gives_back_the_same_net(tmp_path):
     net, share = train_classifier("digits", steps=3)
     save_classifier(tmp_path / "net.pt", net, share)
@@ -249,8 +262,9 @@ def test_the_command_trains_and_writes(tmp_path, monkeypatch, capsys):
         "num_classes": 2,
         "width": 4,
     }
-    # This folder has no test part, and the line says so.
-    assert "of 2 training images" in capsys.readouterr().out
+    # This folder has no test part: how good it is on its own training images is not said.
+    printed = capsys.readouterr().out
+    assert "no held-out images" in printed and "%" not in printed
     monkeypatch.setattr("sys.argv", ["classifier", *argv])
     classifier.main()
     assert list((tmp_path / "cache").glob("folder-*-classifier-seed0.pt"))

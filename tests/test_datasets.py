@@ -265,6 +265,22 @@ def test_train_and_test_are_the_splits_and_share_the_classes(tmp_path):
     assert (train.split, test.split, train.num_classes, test.num_classes) == ("train", "test", 2, 2)
 
 
+def test_held_out_images_are_at_hand_or_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "cache_dir", lambda: tmp_path / "cache")
+    write(tmp_path / "flat", {"a.png": png(pixels(1))})
+    write(tmp_path / "split", {"train/a.png": png(pixels(1)), "val/a.png": png(pixels(2))})
+    there = datasets.has_test_images
+    assert there("digits", None) and there("folder", tmp_path / "split")
+    assert not there("folder", tmp_path / "flat")
+    assert not there("mnist", None) and not there("cifar10", None)  # and nothing is downloaded
+    (tmp_path / "cache/data/cifar-10-batches-py").mkdir(parents=True)
+    assert there("cifar10", None) and not there("cifar10", tmp_path)
+    for kind in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        assert not there("mnist", tmp_path)
+        write(tmp_path / "MNIST/raw", {f"{kind}-ubyte.gz": b""})
+    assert there("mnist", tmp_path)
+
+
 def test_a_flat_folder_has_no_labels(tmp_path):
     write(tmp_path, {"a.png": png(pixels(1, channels=1)), "b.png": png(pixels(2, channels=1))})
     data = load_dataset("folder", "train", tmp_path)
@@ -311,7 +327,7 @@ def test_a_zip_of_edm_carries_its_labels(tmp_path, name):
             ["b.png", "not a readable image"],
         ),
         ({"a.png": png(pixels(1)[:2])}, ["a.png", "4x2", "square"]),
-        ({"a.png": png(pixels(1, channels=4))}, ["a.png", "RGBA"]),
+        ({"a.png": png(pixels(1, channels=4))}, ["a.png", "RGBA", ": convert it to RGB, by PIL's"]),
         (
             {
                 "a/a.png": png(pixels(1)),

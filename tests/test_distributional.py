@@ -392,6 +392,16 @@ def test_imagenet_weights_that_cannot_be_had(monkeypatch):
     assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts)
 
 
+def test_missing_weights_are_found_before_classifiers_are_trained(monkeypatch, tmp_path):
+    def refused(config, device):
+        raise UsageError("no weights")
+
+    monkeypatch.setattr(gdd, "feature_networks", refused)
+    monkeypatch.setattr(gdd, "make_evaluator", None)  # never reached
+    with pytest.raises(UsageError, match="no weights"):
+        run_main(monkeypatch, "--smoke", "--out", tmp_path, "--device", "cpu")
+
+
 # --------------------------------------------------------------------------- the training
 
 

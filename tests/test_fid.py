@@ -19,6 +19,7 @@ from common.fid import (
     Metrics,
     Moments,
     feature_extractor,
+    features_of,
     frechet_distance,
     load_moments,
     make_evaluator,
@@ -415,6 +416,40 @@ def test_recall_is_against_images_of_all_classes(monkeypatch):
     monkeypatch.setattr(fid, "load_dataset", lambda *a: SimpleNamespace(images=images))
     real = make_evaluator(Options(recall=True), "cpu").real
     assert 30_000 < len(real) <= 50_000 and real.min() < 3 and real.max() > 119_990
+
+
+def test_real_images_and_noise_stand_beside_a_fid():
+    """In both spaces; the constants of shipped classifiers are what their images give."""
+    device = torch.device("cpu")
+    spaces = [fid.classifier_features("digits", device, steps=5, seed=seed) for seed in (0, 1)]
+    first, second = (Evaluator(e, fid.reference_moments("digits", e)) for e in spaces)
+    second.real = torch.zeros(5, 64)  # for precision and recall, which noise has no use for
+    evaluator = Evaluator(first.extractor, first.reference, unseen=second)
+    run = SimpleNamespace(config=Options(eval_n=70, eval_batch=32), device=device, rank=0)
+    net = SimpleNamespace(img_shape=(1, 8, 8), label_dim=0)
+    sampler = {("a", 1): lambda noise, labels: 0 * noise}
+    fid.measure(run, sampler, net, evaluator)
+    noise = to_uint8(fid.noise_from_seeds(range(70), (1, 8, 8)))
+    test = load_dataset("digits", "test").images
+    for name, space in (("fid", first), ("fid_unseen", second)):
+        found = run.references[name]
+        for images, value in ((noise, found["noise"]), (test, found["real"])):
+            moments = Moments(space.extractor.dim)
+            moments.add(features_of(images, space.extractor))
+            expected = frechet_distance(*moments.mean_cov(), *space.reference[:2])
+            assert value == pytest.approx(expected, rel=1e-3)
+        assert found["real_n"] == 297 and found["noise"] > found["real"]
+    # of another reference than the training images the constants say nothing
+    other = fid.real_fid(run.config, Evaluator(spaces[0], second.reference, "x.npz"))
+    assert other[0] > 10 * fid.HELD_OUT["digits-classifier"][0]
+
+
+def test_without_test_images_only_noise_stands_beside_a_fid(monkeypatch):
+    monkeypatch.setattr(fid, "has_test_images", lambda name, data_dir: False)
+    extractor = SimpleNamespace(name="folder-classifier-abc123")
+    evaluator = Evaluator(extractor, None)
+    found = fid.reference_fids(Options(dataset="folder"), evaluator, {"fid": 7.0})
+    assert found == {"fid": {"noise": 7.0}}
 
 
 def test_sampling_keeps_no_graph_and_refuses_what_is_not_finite():

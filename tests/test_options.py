@@ -1,12 +1,18 @@
 """common/machinery/options.py: flags, presets, ranges, and errors of one line."""
 
+import dataclasses
+import importlib
 import re
 import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
+from PIL import Image
+from test_house import SCRIPTS
 
 from common import UsageError
+from common.machinery import options as machinery
 from common.machinery.options import (
     Options,
     TrainingOptions,
@@ -14,6 +20,7 @@ from common.machinery.options import (
     complete,
     option,
     parse_config,
+    preset_name,
     require,
 )
 
@@ -100,9 +107,43 @@ def test_help_shows_defaults_and_presets(capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "A method." in text
-    assert "rate, 50% of it by default (default: by data set, see below)" in text
-    assert "channels (default: (16, 32))" in text and "folder (default: None)" in text
-    assert "mnist lr=0.2 levels=(3.0,) labels=True" in text
+    assert "--out OUT folder of the run --resume" in text and "--lr" not in text
+    with pytest.raises(SystemExit):
+        parse("--help-all")
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    assert ["digits", "mnist"] in lines and ["--lr", "0.1", "0.2"] in lines
+    assert ["--levels", "2.0", "1.0", "3.0"] in lines and ["--labels", "False", "True"] in lines
+    text = " ".join(text.split())
+    assert "rate, 50% of it by default (default: by data set)" in text
+    assert "channels (default: 16 32)" in text and "folder of the run --resume" in text
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "common.teacher", "common.classifier"])
+def test_the_help_of_a_script_fits_its_first_screen(script, capsys):
+    module = importlib.import_module(script)
+    presets, screens = getattr(module, "PRESETS", {}), []
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stop:
+            parse_config(module.Config, presets, module.__doc__, [flag])
+        assert stop.value.code == 0
+        screens.append(capsys.readouterr().out)
+    first, everything = screens
+    assert len(first.splitlines()) <= 30
+    assert all(len(line) <= 100 for line in first.splitlines())
+    assert "--dataset" in first and f"python {script}.py" * (script in SCRIPTS) in first
+    for field in dataclasses.fields(module.Config):
+        assert f"--{field.name.replace('_', '-')}" in everything
+    # the table of presets: every value below its data set
+    table = everything.splitlines()[-len({k for p in presets.values() for k in p}) :]
+    for line in table * bool(presets):
+        assert len(line) <= 100 and line.startswith("  --")
+    if presets:
+        head = everything.splitlines()[-len(table) - 1]
+        batch = next(line for line in table if "--eval-batch" in line)
+        for name, preset in presets.items():
+            column = head.index(f" {name}") + 1
+            assert batch[column:].split()[0] == str(preset["eval_batch"])
 
 
 @pytest.mark.parametrize(
@@ -144,6 +185,38 @@ def test_presets_fill_what_is_none_and_nothing_else():
     assert config.lr == 0.3
     with pytest.raises(UsageError, match="^--dataset imagenet: choose one of digits, mnist$"):
         complete(Config(dataset="imagenet"), PRESETS, SMOKE)
+
+
+def test_the_preset_of_a_folder_follows_machine_and_images(tmp_path, monkeypatch):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    both, there = {"digits": {}, "folder": {}, "folder-gpu": {}}, torch.cuda.is_available()
+
+    def name(device, images, presets=both):
+        monkeypatch.setattr(machinery, "count", lambda path, stamp: images)
+        return preset_name(Config("folder", str(tmp_path), device=device), presets)
+
+    assert name("cpu", 50_000) == "folder" and name("cuda:1", 9_999) == "folder"
+    assert name("cuda:1", 10_000) == name("cuda", 50_000) == "folder-gpu"
+    assert name("auto", 50_000) == ("folder-gpu" if there else "folder")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert name("auto", 50_000) == "folder-gpu" and name("auto", 300) == "folder"
+    assert preset_name(Config("digits", device="cuda"), both) == "digits"
+    assert name("cuda", 50_000, {"folder": {}}) == "folder"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "common.teacher"])
+def test_a_folder_has_a_preset_for_a_laptop(script, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    module = importlib.import_module(script)
+    config = module.Config(dataset="folder", data_dir=str(tmp_path), device="cpu")
+    assert config.eval_n <= 1000 and config.eval_batch <= 256
+    cost = {"cud": "steps", "common.teacher": "steps", "progressive": "updates", "cfd": "updates"}
+    if script in cost:
+        assert getattr(config, cost[script]) * config.batch_size <= 20_000
+    if script == "distributional":
+        assert config.features == "classifier" and config.images <= 20_000
+    large = dataclasses.asdict(module.Config(dataset="cifar10"))
+    assert config.eval_n < large["eval_n"]
 
 
 def test_require():

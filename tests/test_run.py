@@ -1,10 +1,12 @@
 """common/machinery/run.py: a run that is started wrongly, stopped, killed, resumed, in parts."""
 
+import copy
 import json
 import math
 import os
 import re
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,12 @@ from test_options import Config, one_line, parse
 from torch import nn
 
 from common import UsageError
+from common.machinery import memory
 from common.machinery import run as machinery
 from common.machinery.files import load_checkpoint, save_checkpoint
 from common.machinery.options import TrainingOptions
 from common.machinery.run import METRICS, Run, State, commit, pick_device, table
+from common.unet import ddpmpp
 
 
 def make(out, **options):
@@ -30,7 +34,7 @@ def logged(out):
 
 def test_devices():
     device, line = pick_device("cpu")
-    assert device == torch.device("cpu") and "as asked" in line and "float32" in line
+    assert device == torch.device("cpu") and "as asked" in line and "float" not in line
     device, line = pick_device()
     assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert ("no CUDA" in line) == (device.type == "cpu")
@@ -54,6 +58,7 @@ def test_a_run_leaves_its_metrics_and_its_log(tmp_path, capsys, monkeypatch):
     rows = [{"name": "ours", "nfe": 1, "fid": 1.0, "fid_features": "classifier", "fid_n": 10}]
     run.start -= 10
     (run.out / "samples.png").touch()
+    (run.out / "student").mkdir()
     monkeypatch.setattr("sys.argv", ["/some/where/ld3.py", "--nfe", "5"])
     run.finish(rows, extra=1)
     metrics = json.loads((run.out / "metrics.json").read_text())
@@ -71,7 +76,7 @@ def test_a_run_leaves_its_metrics_and_its_log(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "fid [classifier, n=10]" in printed  # the table, and where things lie
     assert "mean nothing" not in printed
-    assert f"results in {run.out}: metrics.json, samples.png" in printed
+    assert f"in {run.out}: log.jsonl, metrics.json, samples.png, student/\n" in printed
     assert [(x["step"], x["loss"]) for x in logged(run.out)] == [(1, 0.5), (2, 0.25)]
     assert all(x["seconds"] >= 0 for x in logged(run.out))
 
@@ -107,6 +112,9 @@ def test_the_default_folder_is_named_after_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Run("ld3", Config(dataset="mnist")).out == Path("runs/ld3-mnist")
     assert (tmp_path / "runs/ld3-mnist/log.jsonl").exists()
+    for place, name in (("my/cats", "cats"), ("cats.zip", "cats"), ("mnist", "folder-mnist")):
+        run = Run("ld3", Config(dataset="folder", data_dir=place))
+        assert run.out == Path(f"runs/ld3-{name}")  # and no run on MNIST lies there
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -174,9 +182,9 @@ def test_a_table_shows_what_was_not_run_and_on_what_a_fid_rests():
         {"name": "ld3", "nfe": 5, **found},
         {"name": "teacher", "nfe": 20, "fid": 1.5},
     ]
-    lines = table(rows, ["name", "nfe", "fid", "rmse"]).splitlines()
-    heads = ["name", "nfe", "fid [digits classifier, n=1797]", "rmse"]
-    assert re.split(r"  +", lines[0].strip()) == heads
+    above, *lines = table(rows, ["name", "nfe", "fid", "rmse"]).splitlines()
+    assert above == "fid [digits classifier, n=1797]"
+    assert re.split(r"  +", lines[0].strip()) == ["name", "nfe", "fid", "rmse"]
     assert [re.split(r"  +", line.strip()) for line in lines[1:]] == [
         ["euler", "5", "not run", "0.1235"],
         ["ld3", "5", "12.35", "not run"],
@@ -208,14 +216,137 @@ def test_the_results_table_has_the_space_of_recall(tmp_path, capsys):
     run.config.smoke = True
     run.finish([{**row, **space}])
     lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == [
-        *("name", "nfe", "rmse_to_teacher", "precision [x, n=9]", "recall [x, n=9]")
+    assert lines[0] == ["precision, recall [x, n=9]"]
+    assert lines[1] == ["name", "nfe", "rmse_to_teacher", "precision", "recall"]
+    assert lines[2] == ["a", "1", "0.25", "0.5", "0.75"]
+    assert lines[3] == ["--smoke tries the path only: these numbers mean nothing"]
+
+
+def test_a_table_says_what_real_images_and_noise_have(tmp_path, capsys):
+    unseen = "digits-classifier-seed1-0a1b2c"
+    row = {"fid": 1.25, "fid_features": "digits-classifier", "fid_n": 64, "recall": 0.5}
+    row |= {"fid_unseen": 2.5, "fid_unseen_features": unseen, "precision_recall_features": unseen}
+    row |= {"rmse_to_teacher": 0.123456, "precision": 0.123456}
+    run = make(tmp_path)
+    run.references = {
+        "fid": {"noise": 98.76543, "real": 0.5, "real_n": 297}, "fid_unseen": {"noise": 70.0}
+    }
+    capsys.readouterr()
+    run.finish([{"name": "rectified-flow-equal-compute", "nfe": 16, **row}])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "fid [digits-classifier, n=64]: real test images have 0.5 (n=297), noise 98.77",
+        f"fid_unseen, precision, recall [{unseen}, n=64]: noise 70",
     ]
-    assert lines[1] == ["a", "1", "0.25", "0.5", "0.75"]
-    assert lines[2] == ["--smoke tries the path only: these numbers mean nothing"]
+    assert lines[2].split()[:4] == ["name", "nfe", "rmse_to_teacher", "fid"]
+    assert all(len(line) <= 100 for line in lines[:-1])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["references"] == run.references  # and not among the results
+    assert [row["name"] for row in metrics["results"]] == ["rectified-flow-equal-compute"]
+
+
+def test_names_are_explained_where_they_occur():
+    rows = [{"name": n, "nfe": 5, "fid": 1.0} for n in ("ddim", "d-ddim", "d-heun", "ab2")]
+    columns = ["name", "nfe", "fid", "fid_unseen"]
+    lines = machinery.notes(rows, columns, "dode")
+    assert [line.split(":")[0] for line in lines] == ["d-", "ab2"]  # each once
+    rows = [{"name": "ddim-edm", "fid_unseen": 1.0}, {"name": "teacher", "nfe": 35}]
+    lines = machinery.notes(rows, columns, "progressive")
+    assert [line.split(":")[0] for line in lines] == ["ddim-edm", "fid_unseen", "teacher"]
+    assert "Heun" in lines[2] and "35 network evaluations" in lines[2]
+    line, = machinery.notes([{"name": "teacher", "nfe": 20}], columns, "ld3")
+    assert "UniPC of order 3" in line and "20 network evaluations" in line
+    assert all(len(f"{k}: {v}") <= 100 for k, v in machinery.EXPLAINED.items())
+
+
+# ------------------------------------------------------- before and after the first steps
+
+
+def small_unet(**options):
+    kwargs = dict(img_resolution=16, img_channels=3, model_channels=16, channel_mult=[1, 2])
+    return ddpmpp(**kwargs, num_blocks=1, attn_resolutions=[8], **options)
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_the_memory_of_a_training_is_what_its_forward_pass_keeps(classes):
+    net = small_unet(label_dim=classes, dropout=0.1).train()
+    x, labels = torch.randn(4, 3, 16, 16), torch.eye(10)[:4] if classes else None
+    weights, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    before = torch.get_rng_state()
+    expected, twice = (memory.bytes_of_training(net, n) for n in (4, 8))
+    assert torch.equal(before, torch.get_rng_state())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(x, torch.ones(4), labels)
+    images = sum(s.nbytes() for p, s in kept.items() if p not in weights)
+    parameters = 20 * sum(p.numel() for p in net.parameters())
+    assert expected - parameters == pytest.approx(images, rel=0.1)
+    assert twice - expected == expected - parameters
+    assert not any(p.grad is not None for p in net.parameters())
+
+
+@dataclass
+class Sized(Config):
+    batch_size: int = 32
+    batch_per_gpu: int | None = None
+    checkpoint: bool = False
+    compile: bool = False
+
+
+def start(out, steps=5):
+    run = Run("method", Sized(out=str(out)), checkpoint_seconds=1e9)
+    net = small_unet()
+    run.prepare(net, copy.deepcopy(net).requires_grad_(False), steps=100)
+    for _ in run.steps(steps):
+        pass
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_a_training_says_its_size_before_and_its_time_after_the_first_steps(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(machinery, "bytes_at_hand", lambda device: 2**40)
+    clock = iter(range(0, 10**6, 2))  # two seconds pass from one look at the clock to the next
+    monkeypatch.setattr(machinery, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    count = start(tmp_path)
+    size, time = capsys.readouterr().out.splitlines()[1:]
+    assert size.startswith(f"{count:,} parameters to train, 100 steps of 32 images, about 0.")
+    assert size.endswith(" GB of memory")
+    assert re.match(r"\d+ s a step, about \d+ minutes of training, [\d.]+ GB used so far$", time)
+    monkeypatch.setattr(machinery, "bytes_at_hand", lambda device: 2**20)
+    start(tmp_path, steps=1)
+    assert re.search(r" GB of memory, of 0.00098: try --batch-per-gpu \d+$",
+                     capsys.readouterr().out.splitlines()[-1])
+
+
+def test_durations_are_in_words():
+    known = {1.2: "2 s", 119: "119 s", 120: "2 minutes", 7100: "118 minutes", 9000: "2.5 hours"}
+    known |= {36_000: "10 hours", 626_400: "7 days"}
+    assert {seconds: memory.words_for(seconds) for seconds in known} == known
 
 
 # ------------------------------------------------------------------------ stop and resume
+
+
+def test_a_new_run_does_not_replace_one_that_was_stopped_half_way(tmp_path):
+    assert train(tmp_path, interrupt=3)[0] == 130
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    pattern = r"--out .*: a run of method was stopped here after step 4; go on with --resume"
+    for options in ({}, {"smoke": True}):
+        with pytest.raises(UsageError, match=pattern) as error:
+            train(tmp_path, **options)
+        one_line(error)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert train(tmp_path, resume=True)[0] == 0
+    assert train(tmp_path, interrupt=3, smoke=True)[0] == 130  # a finished one may be replaced
+    assert train(tmp_path)[0] == 0  # and one of --smoke
+    (tmp_path / "checkpoint.pt").write_bytes(b"not ours")
+    assert train(tmp_path)[0] == 0
 
 
 def train(

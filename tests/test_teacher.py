@@ -244,8 +244,28 @@ def test_what_is_no_teacher_is_refused(tmp_path, monkeypatch):
 
 
 def test_network_that_cannot_be_built_is_one_line(tmp_path):
-    with pytest.raises(UsageError, match="halved 4 times"):
+    with pytest.raises(UsageError, match="halved 4 times.*; try --channel-mult 1$"):
         train(tmp_path, steps=1, channel_mult=(1, 1, 1, 1, 1))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Image.fromarray(np.zeros((30, 30), np.uint8)).save(folder / "a.png")
+    options = dict(dataset="folder", data_dir=str(folder), device="cpu", out=str(tmp_path / "run"))
+    with pytest.raises(UsageError, match="halved 2 times.*; try --channel-mult 1 2$"):
+        teacher.train(teacher.Config(**options, channel_mult=(2, 2, 2)))
+    config = teacher.Config(**options)  # without the flag the levels fit
+    assert (config.channel_mult, config.attn_resolutions) == ((1, 2), (15,))
+
+
+@pytest.mark.parametrize(
+    "size, mult, attention",
+    [(8, (1,), (8,)), (15, (1,), (15,)), (28, (1, 2, 4), (7,)), (32, (1, 2, 4), (8,)),
+     (50, (1, 2), ()), (64, (1, 2, 4, 4), (8,)), (96, (1, 2, 4, 4, 4), (6,))],
+)
+def test_the_levels_of_a_small_network_fit_the_images(size, mult, attention):
+    assert teacher.levels_for(size) == (mult, attention)
+    kwargs = dict(channel_mult=list(mult), attn_resolutions=list(attention))
+    net = ddpmpp(size, 3, model_channels=16, num_blocks=1, **kwargs)  # can be built
+    assert net.img_shape == (3, size, size)
 
 
 def test_shipped_teacher_makes_digits():

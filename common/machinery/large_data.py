@@ -65,7 +65,8 @@ class Source:
                 if shape != self.shape:
                     raise UsageError(
                         f"--data-dir {self.path}: {one_line(name)} is {shape} (channels, height, "
-                        f"width), but {one_line(first)} is {self.shape}; all must be the same"
+                        f"width), but {one_line(first)} is {self.shape}; all must be the same: "
+                        "resize them, convert grey ones to RGB"
                     )
                 self.labels.extend(labels)
                 yield np.ascontiguousarray(pixels)

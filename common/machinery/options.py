@@ -10,10 +10,17 @@ import torch
 
 from common import UsageError
 from common.machinery.diffusers_teachers import is_diffusers, sigma_range
+from common.machinery.large_data import count, find_source, stamp
 from common.machinery.ranks import leave_group
 
 EDM_RANGE = (0.002, 80.0)  # sigma_min, sigma_max
 DATASETS = ("digits", "mnist", "cifar10", "imagenet64", "folder")
+MANY_IMAGES = 10_000  # from which on a GPU takes the preset "folder-gpu"
+EVERYDAY = (  # the options of --help; --help-all has the others too
+    "dataset", "data_dir", "teacher", "nfe", "solver", "pd", "steps", "updates", "images",
+    "freeze", "batch_size", "baseline", "model_channels", "batch_per_gpu", "out", "resume",
+    "smoke",
+)
 
 
 def cli(main):
@@ -52,15 +59,17 @@ class Options:
 
     dataset: str = option("digits", "data set; decides teacher and presets", choices=DATASETS)
     data_dir: str | None = option(
-        None, "where the data lies (default: the cache; folder and imagenet64: required)"
+        None, "where the data lies (default: the cache; required for folder, imagenet64)"
     )
     seed: int = option(
         0, "seed of all that is drawn in training; evaluation has its own seeds 0, 1, 2, ..."
     )
-    out: str | None = option(None, "folder of the run (default: runs/METHOD-DATASET)")
+    out: str | None = option(
+        None, "folder of the run (default: runs/METHOD-DATASET; folder: its name)"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1")
     resume: bool = option(False, "go on from the checkpoint in --out")
-    smoke: bool = option(False, "the whole path in seconds")
+    smoke: bool = option(False, "try the whole path in seconds; its numbers mean nothing")
     eval_n: int | None = option(None, "images for RMSE and FID, of seeds 0, 1, 2, ...", low=2)
     eval_batch: int | None = option(None, "images per batch while sampling", low=1)
     inception: str | None = option(
@@ -84,7 +93,7 @@ class Options:
 @dataclasses.dataclass
 class TeacherOptions(Options):
     teacher: str | None = option(
-        None, "a checkpoint, an EDM .pkl, a model of diffusers (default: the data set's own)"
+        None, "checkpoint, EDM .pkl or model of diffusers (default: the data set's own)"
     )
 
 
@@ -129,6 +138,18 @@ def require(condition, option_name, value, right):
         raise UsageError(f"--{option_name.replace('_', '-')} {value}: {right}")
 
 
+def preset_name(config, presets):
+    """Of a data set's preset. `folder` has two, for a laptop and "folder-gpu" for many images."""
+    name = config.dataset
+    if name == "folder" and "folder-gpu" in presets and config.data_dir:
+        gpu = config.device.startswith("cuda")
+        path = find_source(name, config.data_dir)
+        if gpu or config.device == "auto" and torch.cuda.is_available():
+            if count(path, stamp(path)) >= MANY_IMAGES:
+                return "folder-gpu"
+    return name
+
+
 def complete(config, presets, smoke):
     """Fill what is None from the data set's preset (with --smoke: from `smoke` first); check it.
 
@@ -137,7 +158,8 @@ def complete(config, presets, smoke):
     """
     if config.dataset not in presets:
         raise UsageError(f"--dataset {config.dataset}: choose one of {', '.join(presets)}")
-    for name, value in {**presets[config.dataset], **(smoke if config.smoke else {})}.items():
+    preset = presets[preset_name(config, presets)]
+    for name, value in {**preset, **(smoke if config.smoke else {})}.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
     teacher = getattr(config, "teacher", None)
@@ -195,37 +217,88 @@ def _argument(field, annotation, presets):
     """What argparse is told about a field."""
     text, default = field.metadata["help"], field.default
     if default is None and any(field.name in preset for preset in presets.values()):
-        default = "by data set, see below"
-    if "(default" not in text:
-        text = f"{text} (default: {default})"
+        default = "by data set"
+    if "(default" not in text and default not in (None, False):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = f"{text} (default: {shown})"
     argument = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if _type_of_one(annotation) is bool:
         plain = field.default is False
         argument["action"] = "store_true" if plain else argparse.BooleanOptionalAction
         return argument
     choices = field.metadata.get("choices")
-    argument.update(type=_type_of_one(annotation), choices=choices)
-    argument["metavar"] = None if choices else field.name.upper()
+    kind = _type_of_one(annotation)
+    argument.update(type=kind, choices=choices)
+    letter = {int: "N", float: "X"}.get(kind, field.name.upper())
+    argument["metavar"] = None if choices else letter
     if _takes_several(annotation):
         argument["nargs"] = "+"
     return argument
 
 
+def _table(presets):
+    """The presets, a column each."""
+    names = dict.fromkeys(name for preset in presets.values() for name in preset)
+    lines = [["", *presets]]
+    for name in names:
+        values = [preset.get(name, "-") for preset in presets.values()]
+        cells = [" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
+        lines.append(["--" + name.replace("_", "-"), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    padded = [[cell.ljust(w) for cell, w in zip(line, widths)] for line in lines]
+    return "\n".join("  " + "  ".join(line).rstrip() for line in padded)
+
+
+def _first_screen(parser, description):
+    """The docstring's idea and its commands, around the everyday options."""
+    paragraphs = description.strip().split("\n\n")
+    idea = [p for p in paragraphs[1:] if p.startswith("Idea")][:1]
+    commands = [line for line in description.splitlines() if line.startswith("    python ")]
+    formatter = parser.formatter_class(parser.prog)
+    for text in (paragraphs[0], *idea):
+        formatter.add_text(text)
+    formatter.start_section("the options one needs first (the others, and presets: --help-all)")
+    everyday = ["--" + name.replace("_", "-") for name in EVERYDAY]
+    actions = [a for a in parser._actions if a.option_strings[0] in everyday]
+    formatter.add_arguments(
+        sorted(actions, key=lambda action: everyday.index(action.option_strings[0]))
+    )
+    formatter.end_section()
+    return formatter.format_help() + "\n" + "\n".join(commands) + "\n" * bool(commands)
+
+
 def parse_config(config_class, presets, description, argv=None):
-    """Command line -> `config_class(**flags)`. The method's own options come first in --help."""
-    epilog = ["Presets (a flag given on the command line wins):"]
-    for dataset, preset in presets.items():
-        epilog.append(f"  {dataset:11s}" + "  ".join(f"{k}={v}" for k, v in preset.items()))
+    """Command line -> `config_class(**flags)`.
+
+    --help: idea, everyday options, commands. --help-all: everything, presets as a table.
+    """
+    epilog = "" if not presets else (
+        "presets (a flag given on the command line wins; folder-gpu: --dataset folder on a GPU "
+        f"with at least\n{MANY_IMAGES:,} images):\n{_table(presets)}"
+    )
     parser = _Parser(
+        usage="%(prog)s [--option value ...]",
         description=description,
-        epilog="\n".join(epilog),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=epilog,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=26, width=100
+        ),
         allow_abbrev=False,
+        add_help=False,
     )
     hints = typing.get_type_hints(config_class)
-    shared = {field.name for field in dataclasses.fields(TrainingOptions)} - {"dataset", "data_dir"}
-    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name in shared):
+    shared = {field.name for field in dataclasses.fields(TrainingOptions)} - set(EVERYDAY)
+    groups = {
+        title: parser.add_argument_group(title)
+        for title in ("needed first", "of the method", "rarely needed, the same in every script")
+    }
+    first, method, rare = groups.values()
+    for field in dataclasses.fields(config_class):
+        group = first if field.name in EVERYDAY else rare if field.name in shared else method
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, **_argument(field, hints[field.name], presets))
+        group.add_argument(flag, **_argument(field, hints[field.name], presets))
+    short = first.add_argument("--help", "-h", action="version", help="the first screen of this")
+    full = first.add_argument("--help-all", action="version", help="all options, and presets")
+    short.version, full.version = _first_screen(parser, description), parser.format_help()
     flags = vars(parser.parse_args(argv))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})

@@ -29,6 +29,8 @@ from tqdm import tqdm
 
 from common import UsageError
 from common.machinery.files import BAR, load_checkpoint, save_checkpoint, save_json
+from common.machinery.memory import bytes_at_hand, bytes_of_training, words_for
+from common.machinery.options import DATASETS
 from common.machinery.ranks import (
     average_gradients,
     masks_of_this_rank,
@@ -63,13 +65,10 @@ def pick_device(name="auto"):
             f"--device {name}: not available here ({reason}); try --device cpu"
         ) from None
     if device.type != "cuda":
-        return device, f"device {device} ({why}{torch.get_num_threads()} threads), float32"
+        return device, f"device {device} ({why}{torch.get_num_threads()} threads)"
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    precision = "float32: this GPU has no bfloat16"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        precision = "float32; networks train under bfloat16 autocast"
-    return device, f"device {device} ({why}{torch.cuda.get_device_name(device)}), {precision}"
+    return device, f"device {device} ({why}{torch.cuda.get_device_name(device)})"
 
 
 def autocast(device):
@@ -79,11 +78,19 @@ def autocast(device):
     return contextlib.nullcontext()
 
 
+def name_of_data(config):
+    """The data set's name; for a folder of images its own, as in `runs/ld3-cats`."""
+    if config.dataset != "folder" or not config.data_dir:
+        return config.dataset
+    name = Path(config.data_dir).resolve().name.removesuffix(".zip")
+    return f"folder-{name}" if name in DATASETS else name
+
+
 class Run:
-    """One run of a script. `config` needs `dataset seed device out resume`.
+    """One run of a script. `config` needs `dataset data_dir seed device out resume smoke`.
 
     Raises UsageError when the folder cannot be written, when --resume finds no checkpoint, or one
-    that was made with other options.
+    that was made with other options; and when a new run would replace an unfinished one.
     """
 
     # Options that a continued run may change: where it is, its memory, how results are measured.
@@ -95,12 +102,14 @@ class Run:
     def __init__(self, method, config, checkpoint_seconds=60):
         self.method, self.config = method, config
         self.checkpoint_seconds = checkpoint_seconds
-        self.out = Path(config.out or f"runs/{method}-{config.dataset}")
+        self.out = Path(config.out or f"runs/{method}-{name_of_data(config)}")
         self.device, why = pick_device(config.device)
         self.rank, self.world = rank_and_world(self.device)
         self.loss = None  # set in the training loop: a tensor, or {name: tensor}
         self.parts, self.done, self.planned = {}, 0, 0  # steps done, and planned by `steps` so far
         self.calls = 0  # of `backward` in this step
+        self.networks, self.all_steps = (), None  # see `prepare`
+        self.references = {}  # see `common.fid.measure`
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             with open(self.out / "log.jsonl", "a"):
@@ -109,14 +118,14 @@ class Run:
             raise UsageError(
                 f"--out {self.out}: cannot be written ({error.strerror}); choose another folder"
             ) from None
-        self.restored = self._checkpoint() if config.resume else None
+        self.restored = self._checkpoint() if config.resume else self._nothing_is_lost()
         self.log_mode = "a" if config.resume else "w"  # the first line replaces an old log
         self.earlier_seconds = self.restored["seconds"] if self.restored else 0.0
         self._sweep()
         self.wait()  # no rank may write a new checkpoint while another reads the old one
         torch.manual_seed(config.seed)
         self.start = time.perf_counter()
-        self.say(f"{method} on {config.dataset}: {why}, seed {config.seed}, out {self.out}")
+        self.say(f"{method} on {name_of_data(config)}: {why}, seed {config.seed}, out {self.out}")
 
     def _sweep(self):
         """Delete what a killed run has left half written, under the names that we give."""
@@ -150,12 +159,45 @@ class Run:
 
     # ------------------------------------------------------------------------------- training
 
-    def prepare(self, *networks):
-        """--checkpoint and --compile for U-Nets, or for modules that hold one as `net`."""
-        for module in networks:
-            getattr(module, "net", module).checkpoint = self.config.checkpoint
+    def prepare(self, *networks, steps=None):
+        """--checkpoint and --compile for U-Nets, or for modules that hold one as `net`.
+
+        Before the first step `steps` says what training them takes; steps: in all phases.
+        """
+        self.networks, self.all_steps = [getattr(m, "net", m) for m in networks], steps
+        for module, network in zip(networks, self.networks):
+            network.checkpoint = self.config.checkpoint
             if self.config.compile:
                 module.compile()
+
+    def _say_size(self, count):
+        """Parameters, steps and memory, before the first step."""
+        trained = [n for n in self.networks if any(p.requires_grad for p in n.parameters())]
+        if not trained:
+            return
+        parameters = [p.numel() for n in trained for p in n.parameters() if p.requires_grad]
+        images = self.config.batch_size
+        at_once = min(-(-images // self.world), self.config.batch_per_gpu or images)
+        line = f"{sum(parameters):,} parameters to train, {count:,} steps of {images:,} images"
+        try:
+            needed = sum(bytes_of_training(network, at_once) for network in trained) / 2**30
+        except Exception:  # networks of diffusers may do anything; only an estimate is lost
+            return self.say(line)
+        line += f", about {needed:.2g} GB of memory"
+        there = (bytes_at_hand(self.device) or math.inf) / 2**30
+        if needed > 0.8 * there:
+            fits = max(1, int(at_once * there / needed / 2))
+            line += f", of {there:.2g}: try --batch-per-gpu {fits}"
+        self.say(line)
+
+    def _say_time(self, seconds, steps):
+        """What `steps` more will take, after the first ones; nothing where it is short."""
+        if seconds * steps > 30:
+            used = (peak_memory_mb(self.device) or 0) / 1024
+            self.say(
+                f"{seconds:.2g} s a step, about {words_for(seconds * steps)} of training, "
+                f"{used:.2g} GB used so far"
+            )
 
     def backward(self, optimizer, loss_fn, *batch, mixed_precision=True):
         """New gradients for the optimizer's parameters; returns the mean loss of this rank's rows.
@@ -223,6 +265,9 @@ class Run:
             **BAR,
         )
         self.loss, shown, saved, cost = None, time.perf_counter(), time.perf_counter(), 0
+        in_all = self.all_steps or count
+        if first == 0 and count:
+            self._say_size(in_all)
         try:
             for step in range(first, last):
                 self.calls = 0
@@ -230,6 +275,10 @@ class Run:
                 bar.update()
                 self.done = step + 1
                 now = time.perf_counter()
+                if step == first:
+                    warm = now  # the first step takes longer
+                elif step == first + 3 and self.networks and begin == 0:
+                    self._say_time((now - warm) / 3, in_all - step)
                 pause = self.checkpoint_seconds and max(self.checkpoint_seconds, 20 * cost)
                 due = self.rank == 0 and now - saved > pause or step == last - 1
                 show = now - shown > 1 or step == first
@@ -302,6 +351,18 @@ class Run:
                 raise UsageError(f"--{flag} {value}: the checkpoint to resume has {saved}")
         return state
 
+    def _nothing_is_lost(self):
+        """UsageError if --out holds a run that was stopped half way: a new one would replace it."""
+        try:
+            state = load_checkpoint(self.out / "checkpoint.pt")
+        except UsageError:  # nothing there, or nothing of ours
+            return
+        if state.get("half_way"):
+            raise UsageError(
+                f"--out {self.out}: a run of {state['fewstep']} was stopped here after step "
+                f"{state['step']}; go on with --resume, give another --out, or delete it"
+            )
+
     def _save(self):
         """Write checkpoint.pt (rank 0): parts, random generators, options, steps done."""
         if self.rank == 0:
@@ -309,12 +370,13 @@ class Run:
             if self.device.type == "cuda":
                 rng["cuda"] = torch.cuda.get_rng_state()
             state = {name: part.state_dict() for name, part in self.parts.items()}
+            half_way = self.done < self.planned and not self.config.smoke
             save_checkpoint(
                 self.out / "checkpoint.pt",
                 self.method,
                 {
                     "config": self._options(), "seconds": self.seconds(), "step": self.done,
-                    "rng": rng, "parts": state,
+                    "rng": rng, "parts": state, "half_way": half_way,
                 },
             )
 
@@ -365,15 +427,18 @@ class Run:
                 "seconds": round(self.seconds(), 2),
                 "peak_memory_mb": peak_memory_mb(self.device),
                 "results": results,
+                **({"references": self.references} if self.references else {}),
                 **more,
             },
         )
-        self.say(table(results, ["name", "nfe", "rmse_to_teacher", *METRICS]))
+        columns = ["name", "nfe", "rmse_to_teacher", *METRICS]
+        self.say(table(results, columns, self.references))
+        for line in notes(results, columns, self.method):
+            self.say(line)
         if self.config.smoke:
             self.say("--smoke tries the path only: these numbers mean nothing")
-        kinds = (".json", ".png", ".pt")
-        files = sorted(file.name for file in self.out.iterdir() if file.suffix in kinds)
-        self.say(f"{self.seconds():.0f} s; results in {self.out}: {', '.join(files)}")
+        files = sorted(f"{file.name}{'/' * file.is_dir()}" for file in self.out.iterdir())
+        self.say(f"{self.seconds():.0f} s; in {self.out}: {', '.join(files)}")
 
 
 def commit():
@@ -397,25 +462,62 @@ def peak_memory_mb(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
-def table(results, columns):
-    """Rows as aligned text. A FID's head has its n and feature space; what was not run says so.
+def table(results, columns, references=None):
+    """Rows as aligned text, at most 100 columns wide; what was not run says so.
 
-    A column that no row has is left out.
+    Above it stands for each metric its feature space and n and, of `references` {metric: {...}},
+    what real images and noise have. A column that no row has is left out.
     """
     columns = [c for c in columns if any(row.get(c) is not None for row in results)]
-    heads = []
+    spaces = {}  # feature space -> its metrics
     for column in columns:
         first = next(row for row in results if row.get(column) is not None)
         known_as = "precision_recall" if column in ("precision", "recall") else column
-        space = first.get(f"{known_as}_features")
-        heads.append(f"{column} [{space}, n={first['fid_n']}]" if space else column)
-    lines = [heads] + [[_cell(row.get(c)) for c in columns] for row in results]
+        if space := first.get(f"{known_as}_features"):
+            spaces.setdefault(f"[{space}, n={first['fid_n']}]", []).append(column)
+    above = []
+    for space, metrics in spaces.items():
+        line = f"{', '.join(metrics)} {space}"
+        about = (references or {}).get(metrics[0])
+        if about and "real" in about:
+            line += f": real test images have {about['real']:.4g} (n={about['real_n']})"
+        if about:
+            line += f"{',' if 'real' in about else ':'} noise {about['noise']:.4g}"
+        above.append(line)
+    lines = [columns] + [[_cell(row.get(c)) for c in columns] for row in results]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     padded = []
     for name, *cells in lines:
         numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
         padded.append("  ".join([name.ljust(widths[0]), *numbers]))
-    return "\n".join(padded)
+    return "\n".join([*above, *padded])
+
+
+EXPLAINED = {  # names of rows and columns that a paper does not explain
+    "ddim-edm": "DDIM on EDM's time grid; ddim: on the students' own",
+    "d-": "d-X: the solver X with the learned lambdas",
+    "ab2": "Adams-Bashforth of order 2 on the same grid, which is iPNDM of order 2",
+    "dpmpp2m": "DPM-Solver++(2M) on the same grid",
+    "rectified-flow": "the same network without the catch-up loss, as many iterations",
+    "rectified-flow-equal-compute": "the same, trained until it has cost as much as cud",
+    "cud-1step": "cud, distilled into one step",
+    "fid_unseen": "FID in the features of a second classifier, which no loss has seen",
+}
+
+
+def notes(results, columns, method):
+    """A line for each name in the table that needs one."""
+    columns = [c for c in columns if any(row.get(c) is not None for row in results)]
+    names = [*dict.fromkeys(row["name"] for row in results), *columns]
+    lines = []
+    for name in dict.fromkeys("d-" if str(n).startswith("d-") else n for n in names):
+        if name in EXPLAINED:
+            lines.append(f"{name}: {EXPLAINED[name]}")
+    for row in results:
+        if row["name"] == "teacher":
+            solver = "UniPC of order 3" if method == "ld3" else "Heun's method"
+            lines.append(f"teacher: sampled by {solver}, {row['nfe']} network evaluations")
+    return lines
 
 
 def _cell(value):
