@@ -36,7 +36,7 @@ from scripts import EVERYWHERE, assert_refused, run_script
 ROOT = Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / "tests" / "golden" / "cud.npz")
 CONFIG = json.loads(str(GOLDEN["config"]))
-NOTEBOOK = json.loads((ROOT / "notebooks" / "cud.ipynb").read_text())
+NOTEBOOK = json.loads((ROOT / "notebooks" / "5_cud.ipynb").read_text(encoding="utf-8"))
 TINY = dict(
     tn=16, adaptive_weight=False, model_channels=8, channel_mult=(1,), num_blocks=1,
     attn_resolutions=(), encoder_channels=8, batch_size=4, warmup=2, device="cpu",

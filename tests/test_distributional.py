@@ -780,7 +780,8 @@ def test_a_short_training_beats_the_teacher_with_few_evaluations(tmp_path, monke
 
 def test_activation_changes_are_those_of_each_block():
     """The function of the notebook."""
-    notebook = json.loads((ROOT / "notebooks" / "distributional.ipynb").read_text())
+    path = ROOT / "notebooks" / "6_distributional.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
     sources = ["".join(cell["source"]) for cell in notebook["cells"]]
     (source,) = [text for text in sources if "def activation_changes" in text]
     names = {"torch": torch, "Block": unet.Block}
