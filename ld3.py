@@ -23,7 +23,7 @@ Digits, 5 evaluations: RMSE to the teacher .342 (best hand-made grid) -> .098 +-
     python ld3.py                             # digits: 30 s on 2 CPU cores
     python ld3.py --solver dpmpp --nfe 8      # another solver
     python ld3.py --steps 0 --schedule runs/ld3-digits/schedule.json  # only measure
-    python ld3.py --dataset cifar10 --nfe 10  # one GPU. More results: RESULTS.md
+    python ld3.py --dataset cifar10 --nfe 10  # one GPU. More: RESULTS.md
 """
 import copy
 import importlib.util
