@@ -378,6 +378,7 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {
         "metrics.json",
         "samples.png",
+        "samples.npz",
         "fid.png",
         "log.jsonl",
         "checkpoint.pt",

@@ -711,6 +711,7 @@ def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_
     assert {p.name for p in (tmp_path / "a").iterdir()} >= {
         "metrics.json",
         "samples.png",
+        "samples.npz",
         "lambdas.png",
         "lambdas.json",
         "log.jsonl",

@@ -369,7 +369,7 @@ run_main = partial(run_script, ld3)
 
 def test_smoke_run_leaves_everything_and_the_schedule_reads_back(monkeypatch, tmp_path, capsys):
     run_main(monkeypatch, "--smoke", "--out", tmp_path / "a", "--device", "cpu")
-    names = "metrics.json samples.png grids.png schedule.json log.jsonl checkpoint.pt".split()
+    names = "metrics.json samples.png samples.npz grids.png schedule.json checkpoint.pt".split()
     assert {p.name for p in (tmp_path / "a").iterdir()} >= set(names)
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     rows = {row["name"]: row for row in metrics["results"]}

@@ -584,6 +584,7 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path, capsys):
     assert {p.name for p in tmp_path.iterdir()} == {
         "metrics.json",
         "samples.png",
+        "samples.npz",
         "fid.png",
         "log.jsonl",
         "checkpoint.pt",

@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_only_what_a_run_left_half_written_is_swept(tmp_path):
-    left = ["checkpoint.pt.12.part", "metrics.json.3.part", "samples.png.456.part"]
+    left = ["checkpoint.pt.12.part", "metrics.json.3.part", "samples.npz.456.part"]
     users = ["movie.mkv.part", "photos.part/a.jpg", "student.part", "a.2024.part"]
     for name in (*left, *users):
         (tmp_path / name).parent.mkdir(exist_ok=True)

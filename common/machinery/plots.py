@@ -24,9 +24,6 @@ def save_rows(path, rows, columns=16):
 
     All of them lie beside the picture as an .npz, under their labels.
     """
-    if rank_and_world()[0] == 0:
-        arrays = {label: np.asarray(images) for label, images in rows.items()}
-        atomic_write(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
     size = (1.9 + 0.62 * columns, 0.68 * len(rows) + 0.1)
     figure = Figure(figsize=size, dpi=120)
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
@@ -43,6 +40,9 @@ def save_rows(path, rows, columns=16):
             spine.set_visible(False)
     figure.subplots_adjust(left=0.1, right=1, bottom=0, top=1, hspace=0.1)
     _write(figure, path)
+    if rank_and_world()[0] == 0:
+        arrays = {label: np.asarray(images) for label, images in rows.items()}
+        atomic_write(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
 
 
 def save_comparison(path, cells, columns, title):

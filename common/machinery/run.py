@@ -130,7 +130,7 @@ class Run:
     def _sweep(self):
         """Delete what a killed run has left half written, under the names that we give."""
         for part in self.out.glob("*.part"):
-            if re.fullmatch(r".+\.(pt|json|png)\.\d+\.part", part.name):
+            if re.fullmatch(r".+\.(pt|json|png|npz)\.\d+\.part", part.name):
                 part.unlink(missing_ok=True)
 
     def say(self, line):
