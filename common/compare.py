@@ -181,12 +181,14 @@ def training_cost(metrics, row, runs):
 
 def draw(out, dataset, space, rows):
     """samples.png, a table of images; fid.png and cost.png: FID against evaluations and cost."""
-    cells, best, by_nfe, by_cost = {label: {} for label in PICTURE}, {}, {}, {}
+    cells, best = {label: {} for label in PICTURE}, {}
+    by_nfe, by_cost, counts = {}, {}, {}
     for row in rows:
         label, nfe = row["label"], row["nfe"]
         if label == TEACHER:
             best[f"{label}, {nfe} evaluations"] = row["fid"]
         elif nfe in COUNTS:
+            counts.setdefault(label, []).append(nfe)
             for curves, x in ((by_nfe, nfe), (by_cost, row["cost"])):
                 if x:
                     xs, ys = curves.setdefault(label, ([], []))
@@ -204,7 +206,8 @@ def draw(out, dataset, space, rows):
     look["colors"] = {label: color for label, (_, _, color) in SERIES.items()}
     save_curves(out / "fid.png", by_nfe, "network evaluations (NFE)", space, log="xy", **look)
     xlabel = "network evaluations in training (a backward pass counts as two)"
-    save_curves(out / "cost.png", by_cost, xlabel, space, log="xy", **look)
+    look["title"] += ": training cost; at each point NFE"
+    save_curves(out / "cost.png", by_cost, xlabel, space, log="xy", notes=counts, **look)
 
 
 def markdown(rows):

@@ -75,12 +75,14 @@ def save_comparison(path, cells, columns, title):
 
 
 def save_curves(
-    path, curves, xlabel, ylabel, title="", log="", references=None, colors=None, baselines=()
+    path, curves, xlabel, ylabel, title="", log="", references=None, colors=None, baselines=(),
+    notes=None,
 ):
     """Lines {label: (xs, ys)} in one plot; `log`, "", "x", "y" or "xy": the logarithmic axes.
 
     Axis y is linear around 0 and logarithmic beyond 1 with "symlog". references {label: y} are
-    lines across the plot. colors {label: color}; the lines of `baselines` are dashed.
+    lines across the plot. colors {label: color}; the lines of `baselines` are dashed. notes
+    {label: a word at each point}.
     """
     figure = Figure(figsize=(6.4, 4), dpi=120)
     axis = figure.subplots()
@@ -88,6 +90,8 @@ def save_curves(
         marker = "D" if len(xs) == 1 else "." if len(xs) < 40 else None
         look = {"color": (colors or {}).get(label), "marker": marker}
         axis.plot(xs, ys, "--" if label in baselines else "-", label=label, **look)
+        for x, y, word in zip(xs, ys, (notes or {}).get(label, ())):
+            axis.annotate(word, (x, y), (4, 4), textcoords="offset points", fontsize=8)
     for label, y in (references or {}).items():
         axis.axhline(y, color="gray", linestyle="--", label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
