@@ -371,6 +371,7 @@ class Run:
                 rng["cuda"] = torch.cuda.get_rng_state()
             state = {name: part.state_dict() for name, part in self.parts.items()}
             half_way = self.done < self.planned and not self.config.smoke
+            (self.out / "metrics.json").unlink(missing_ok=True)  # of another run, as of now
             save_checkpoint(
                 self.out / "checkpoint.pt",
                 self.method,
