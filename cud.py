@@ -206,7 +206,7 @@ PRESETS = {
     ),
     "folder": dict(
         _DIGITS, model_channels=16, channel_mult=None, attn_resolutions=None,
-        flip=True, steps=600, batch_size=32, distill_n=1024, eval_n=500,
+        flip=True, steps=1000, batch_size=32, distill_n=1024, eval_n=500,
     ),
     "folder-gpu": dict(_CIFAR10, eval_n=10_000),
 }

@@ -344,7 +344,9 @@ def test_a_new_run_does_not_replace_one_that_was_stopped_half_way(tmp_path):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert train(tmp_path, resume=True)[0] == 0
     assert train(tmp_path, interrupt=3, smoke=True)[0] == 130  # a finished one may be replaced
+    (tmp_path / "metrics.json").touch()
     assert train(tmp_path)[0] == 0  # and one of --smoke
+    assert not (tmp_path / "metrics.json").exists()  # that of the run before
     (tmp_path / "checkpoint.pt").write_bytes(b"not ours")
     assert train(tmp_path)[0] == 0
 

@@ -17,9 +17,9 @@ EDM_RANGE = (0.002, 80.0)  # sigma_min, sigma_max
 DATASETS = ("digits", "mnist", "cifar10", "imagenet64", "folder")
 MANY_IMAGES = 10_000  # from which on a GPU takes the preset "folder-gpu"
 EVERYDAY = (  # the options of --help; --help-all has the others too
-    "dataset", "data_dir", "teacher", "nfe", "solver", "pd", "steps", "updates", "images",
-    "freeze", "batch_size", "baseline", "model_channels", "batch_per_gpu", "out", "resume",
-    "smoke",
+    "dataset", "data_dir", "teacher", "nfe", "solver", "pd", "methods", "quick", "steps", "updates",
+    "images", "freeze", "batch_size", "baseline", "model_channels", "batch_per_gpu", "out",
+    "resume", "smoke",
 )
 
 
@@ -57,7 +57,12 @@ def option(default, help, **metadata):
 class Options:
     """The options that mean the same in every script."""
 
-    dataset: str = option("digits", "data set; decides teacher and presets", choices=DATASETS)
+    dataset: str = option(
+        "digits",
+        f"data set: decides teacher and presets; folder: a large one on a GPU from {MANY_IMAGES:,} "
+        "images on, else a laptop's",
+        choices=DATASETS,
+    )
     data_dir: str | None = option(
         None, "where the data lies (default: the cache; required for folder, imagenet64)"
     )

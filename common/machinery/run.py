@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from common import UsageError
@@ -172,7 +173,8 @@ class Run:
 
     def _say_size(self, count):
         """Parameters, steps and memory, before the first step."""
-        trained = [n for n in self.networks if any(p.requires_grad for p in n.parameters())]
+        networks = [n for n in self.networks if isinstance(n, nn.Module)]
+        trained = [n for n in networks if any(p.requires_grad for p in n.parameters())]
         if not trained:
             return
         parameters = [p.numel() for n in trained for p in n.parameters() if p.requires_grad]
@@ -371,6 +373,7 @@ class Run:
                 rng["cuda"] = torch.cuda.get_rng_state()
             state = {name: part.state_dict() for name, part in self.parts.items()}
             half_way = self.done < self.planned and not self.config.smoke
+            (self.out / "metrics.json").unlink(missing_ok=True)  # of another run, as of now
             save_checkpoint(
                 self.out / "checkpoint.pt",
                 self.method,
