@@ -94,38 +94,82 @@ def test_dode_notebook():
 
 @pytest.mark.slow
 def test_progressive_notebook():
-    printed = execute("progressive.ipynb")
+    printed = execute("3_progressive.ipynb")
     found = re.findall(r"^(\w+) +(\d+) steps: ([\d.]+) of", printed, re.M)
     share = {(name, int(n)): float(value) for name, n, value in found}
     assert all(share["pd", n] > share["ddim", n] for n in (8, 4, 2, 1))
     assert share["pd", 1] > 0.7 > 0.1 > share["ddim", 1]
-    found = re.findall(r"^(\w+, \d) +RMSE to four steps ([\d.]+)", printed, re.M)
+    one, four = re.findall(r"^(?:one step|its 4 steps) .* (\d\S*e[+-]\d+)", printed, re.M)
+    assert float(one) < 1e-12 and float(four) < 1e-10
+    error = dict(re.findall(r"^(\w+) *: an error of 0.01 .* is ([\d.]+) in x0_hat", printed, re.M))
+    assert float(error["eps"]) == 0.8 and float(error["v"]) == 0.01
+    found = re.findall(r"^(\w+, \d) +RMSE to four steps of the teacher ([\d.]+)", printed, re.M)
     rmse = {name: float(value) for name, value in found}
-    assert rmse["pd, 2"] < 0.7 * rmse["ddim, 2"] and rmse["pd, 1"] < 0.5 * rmse["ddim, 1"]
+    assert rmse["PD, 2"] < 0.8 * rmse["DDIM, 2"] and rmse["PD, 1"] < 0.5 * rmse["DDIM, 1"]
 
 
 @pytest.mark.slow
-def test_distributional_notebook():
-    printed = execute("distributional.ipynb")
-    number = r"([\d.]+)"
-    pattern = rf"(enc|dec): change {number} at the four highest levels, {number} in the middle"
-    changes = re.findall(pattern, printed)
-    assert [part for part, *_ in changes] == ["enc", "dec"]
-    assert all(float(ends) < 0.4 * float(middle) for _, ends, middle in changes)
-    found = re.findall(rf"^(.+, \d+) evaluations: FID {number}", printed, re.M)
-    fid = {name: float(value) for name, value in found}
-    assert fid["gdd-i, 1"] < 0.2 * fid["before training, 1"]
-    assert fid["ddim, 10"] < fid["ddim, 5"]
+def test_cfd_notebook():
+    printed = execute("4_cfd.ipynb")
+    sizes = re.findall(r"gradient at the target / tau: (\S+)", printed)
+    assert len(sizes) == 3 and max(map(float, sizes)) < 1e-12
+    pattern = r"^tau +([\d.]+): entropy .* ([\d.]+) at 2.4 .* real images ([\d.]+)"
+    entropy = {tau: (float(a), float(real)) for tau, a, real in re.findall(pattern, printed, re.M)}
+    assert entropy["1"][0] > entropy["0.95"][0] > entropy["0.9"][0] > entropy["1"][1]
+    found = re.findall(r"^(\w+).* PD's loss ([\d.]+)  CFD's loss ([\d.]+)", printed, re.M)
+    assert {pd for _, pd, _ in found} == {"0.040"}
+    kl = {name: float(value) for name, _, value in found}
+    assert min(kl["blur"], kl["less"]) > 3 * kl["noise"]
+    found = re.findall(r"^(.+?) +entropy +([\d.-]+)  diversity +([\d.-]+)$", printed, re.M)
+    terms = {name: (float(a), float(b)) for name, a, b in found}
+    assert terms["each image of another class"] == (0, -2.3)
+    assert terms["all images of one class"] == (0, 0)
+    assert terms["no image of any class"] == (2.3, -2.3)
+    assert terms["real digits"][0] < terms["targets, sigma 80"][0]
+    assert terms["real digits"][1] < terms["targets, sigma 80"][1]
+    pattern = r"^(\w+) +(\d) evaluations: FID ([\d.]+), unseen ([\d.]+) .* RMSE ([\d.]+)"
+    found = re.findall(pattern, printed, re.M)
+    rows = {(name, int(n)): [*map(float, values)] for name, n, *values in found}
+    for n in (2, 1):
+        ddim, pd, cfd = (rows[name, n] for name in ("ddim", "pd", "cfd"))
+        assert max(pd[0], cfd[0]) < ddim[0] / 3 and max(pd[1], cfd[1]) < ddim[1] / 3
+        assert pd[2] < cfd[2] < ddim[2]
 
 
 @pytest.mark.slow
 def test_cud_notebook():
-    printed = execute("cud.ipynb")
+    printed = execute("5_cud.ipynb")
+    found = re.findall(r"^exact flow, .* flow term ([\d.]+), catch-up term ([\d.]+)", printed, re.M)
+    (flow, long), (same, short) = [map(float, terms) for terms in found]
+    assert flow == same > 10 * long > 100 * short
     pattern = r"^toy (.+?) +straightness ([\d.]+), sliced distance of 4-step samples ([\d.]+)"
     toys = {name: (float(a), float(b)) for name, a, b in re.findall(pattern, printed, re.M)}
-    assert all(ours < flow for ours, flow in zip(toys["cud"], toys["rectified flow"]))
+    order = [toys[name] for name in ("cud, h to 1/4", "cud", "rectified flow")]
+    assert all(large < small < flow for large, small, flow in zip(*order))
+    found = re.findall(r"^([\w-]+), (\d) evaluations: FID ([\d.]+)", printed, re.M)
+    fid = {(name, int(n)): float(value) for name, n, value in found}
+    assert all(fid["cud", n] < 0.95 * fid["rectified-flow", n] for n in (2, 4))
     found = re.findall(r"^([\w-]+) +straightness ([\d.]+)", printed, re.M)
     assert {name for name, _ in found} == {
         *("cud", "rectified-flow", "rectified-flow-equal-compute")
     }
     assert all(0.05 < float(value) < 0.5 for _, value in found)
+
+
+@pytest.mark.slow
+def test_distributional_notebook():
+    printed = execute("6_distributional.ipynb")
+    number = r"([\d.]+)"
+    found = re.findall(rf"^step +(\d+): {number} .* in a blob, (\d) blobs", printed, re.M)
+    share = {int(i): (float(value), int(blobs)) for i, value, blobs in found}
+    assert share[0] == (0, 0) and share[1000][0] > 0.5 and share[1000][1] >= 5
+    pattern = rf"(enc|dec): change {number} at the four highest levels, {number} in the middle"
+    changes = re.findall(pattern, printed)
+    assert [part for part, *_ in changes] == ["enc", "dec"]
+    assert all(float(ends) < 0.4 * float(middle) for _, ends, middle in changes)
+    kept = [int(share) for share in re.findall(r"^--freeze .* \((\d+) %\)", printed, re.M)]
+    assert kept == [0, 79, 84, 88]
+    found = re.findall(rf"^(.+, \d+) evaluations: FID {number}", printed, re.M)
+    fid = {name: float(value) for name, value in found}
+    assert fid["gdd-i, 1"] < 0.2 * fid["before training, 1"]
+    assert fid["ddim, 10"] < fid["ddim, 5"]
