@@ -1,0 +1,292 @@
+"""Do few-step methods compose? FID on digits: the best of one method beside the best of two.
+
+    python notebooks/composing.py            # runs what --out lacks (an hour on one CPU core)
+    python notebooks/composing.py --collect  # runs nothing: the table's file and its picture
+
+Every run is a command below. What trains a network is started as it stands. Of ld3.py and dode.py
+the functions are called, with the command's options, and only what they learned is measured:
+on N images of the same noise, RMSE to the shipped teacher's (Heun, 35 evaluations), whatever
+network the run itself took as its teacher.
+"""
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch
+from matplotlib.figure import Figure
+
+import dode
+import ld3
+from common.diffusion import noise_from_seeds, sigma_grid
+from common.fid import make_evaluator, measure
+from common.machinery.files import save_json
+from common.machinery.options import cli, option, parse_config
+from common.machinery.plots import COLORS
+from common.machinery.run import Run
+from common.machinery.schedule import save_schedule
+from common.solvers import SOLVERS, heun
+from common.teacher import load_teacher
+
+N = 1024
+RESULTS = HERE / "results" / "digits-composing"
+
+
+@dataclass
+class Config:
+    out: str = option("runs/composing", "a folder for each run; several may work in one --out")
+    collect: bool = option(False, "run nothing")
+
+
+# ------------------------------------------------------------------------------ the list of runs
+
+
+@dataclass
+class Job:
+    methods: str  # what is composed: "ld3", "pd + ld3"
+    variant: str  # student and grid, where there are several
+    folder: str
+    command: str  # without --out; OUT: the folder of all runs
+
+
+def networks():
+    """What trains a network: from the shipped teacher, and from another method's."""
+    return [
+        Job("pd", "", "pd", "progressive.py"),
+        Job("cfd", "", "cfd", "cfd.py --pd OUT/pd"),
+        Job("cud", "", "cud", f"cud.py --baseline --eval-n {N}"),
+        Job("gdd-i", "", "gdd-i", f"distributional.py --eval-n {N}"),
+    ], [
+        Job(
+            "pd + gdd-i", "", "pd+gdd-i",
+            f"distributional.py --teacher OUT/pd/student-1.pt --nfe 1 --eval-n {N}",
+        ),
+        Job("cud + pd", "", "cud+pd", "progressive.py --teacher OUT/cud/checkpoint.pt"),
+    ]
+
+
+LD3 = {  # coupled, so that dode.py can take the grid; unipc as in ld3.py's default
+    "ipndm": "--solver ipndm --times coupled",
+    "euler": "--solver euler --times coupled",
+    "unipc": "--solver unipc",
+}
+
+
+def grids_and_scalars(seed, counts, solvers=tuple(LD3)):
+    """LD3, D-ODE, and D-ODE on LD3's grid, all on the shipped teacher."""
+    jobs, nfes = [], " ".join(map(str, counts))
+    for grid in ("logsnr", "edm"):
+        command = f"dode.py --solver ddim ipndm --grid {grid} --nfe {nfes} --seed {seed}"
+        jobs.append(Job("d-ode", grid, f"d-ode-{grid}-nfe{counts[-1]}-seed{seed}", command))
+    for solver in solvers:
+        for nfe in counts:
+            about = f"--nfe {nfe} --seed {seed}"
+            name = f"ld3-{solver}-nfe{nfe}-seed{seed}"
+            jobs.append(Job("ld3", "", name, f"ld3.py {LD3[solver]} {about}"))
+            if solver != "unipc":
+                command = f"dode.py --solver {solver.replace('euler', 'ddim')} {about}"
+                command += f" --schedule OUT/{name}/schedule.json"
+                jobs.append(Job("ld3 + d-ode", "", f"{name}+d-ode", command))
+    return jobs
+
+
+def on_networks():
+    """LD3 and D-ODE on students, which are made for Euler's steps, and on CUD's velocity."""
+    jobs = []
+    for method, steps, learned, distilled in [
+        ("pd", 8, (4,), "4 8"), ("pd", 4, (3, 4), "2 4"), ("pd", 2, (2,), "2"),
+        ("cfd", 4, (4,), "2 4"), ("cfd", 2, (2,), "2"),
+    ]:
+        teacher = f"--teacher OUT/{method}/student-{steps}.pt"
+        name, student = f"{method}{steps}", f"{steps}-step student"
+        command = f"dode.py {teacher} --solver ddim --grid cosine --nfe {distilled}"
+        jobs.append(Job(f"{method} + d-ode", student, f"{name}+d-ode", command))
+        for nfe in learned:
+            command = f"ld3.py {teacher} --solver euler --nfe {nfe}"
+            jobs.append(Job(f"{method} + ld3", student, f"{name}+ld3-nfe{nfe}", command))
+    teacher = "--teacher OUT/cud/checkpoint.pt"
+    command = f"dode.py {teacher} --solver ddim ipndm --grid logsnr --nfe 2 3 4"
+    jobs.append(Job("cud + d-ode", "logsnr", "cud+d-ode", command))
+    for nfe in (2, 4):
+        for solver in ("euler", "unipc"):
+            command = f"ld3.py {teacher} --solver {solver} --nfe {nfe}"
+            jobs.append(Job("cud + ld3", "", f"cud+ld3-{solver}-nfe{nfe}", command))
+    return jobs
+
+
+def all_jobs():
+    """In the order of running: what others need first, then the cheap and the telling."""
+    from_teacher, from_others = networks()
+    few, more = (2, 3, 4), (6, 8)
+    jobs = from_teacher + grids_and_scalars(0, few)
+    jobs += grids_and_scalars(1, few, ("ipndm",)) + grids_and_scalars(2, few, ("ipndm",))
+    jobs += on_networks() + from_others[:1] + grids_and_scalars(0, more, ("ipndm", "unipc"))
+    again = [*grids_and_scalars(1, few), *grids_and_scalars(2, few)]
+    jobs += [job for job in again if job not in jobs]
+    return jobs + from_others[1:]
+
+
+# ------------------------------------------------------------------------------------ running
+
+
+@torch.no_grad()
+def teacher_images(out):
+    """The shipped teacher's N images, float32 (N, 1, 8, 8), kept in --out."""
+    path = out / "teacher-images.pt"
+    if not path.exists():
+        teacher = load_teacher(None, "digits", "cpu")
+        sigmas = torch.cat([sigma_grid("edm", 17), torch.zeros(1, dtype=torch.float64)])
+        parts = torch.arange(N).split(256)
+        noises = [80 * noise_from_seeds(part, teacher.net.img_shape) for part in parts]
+        torch.save(torch.cat([heun(teacher, x, sigmas).float() for x in noises]), path)
+    return torch.load(path, weights_only=True)
+
+
+def learned_samplers(script, config, run, teacher):
+    """{(name, NFE): sampler(noise, labels)} of what ld3.py or dode.py learns."""
+    def sampler(solver, *arguments, **options):
+        return lambda noise, labels: solver(
+            teacher, config.sigma_max * noise, *arguments, **options
+        )
+
+    if script is ld3:
+        distance = ld3.make_distance(config, run.device)
+        sigmas, sigmas_net = ld3.train(config, run, teacher, distance)
+        save_schedule(run.out / "schedule.json", sigmas, sigmas_net, nfe=config.nfe)
+        solver = partial(SOLVERS[config.solver], order=config.order)
+        name = f"ld3, {config.solver}"
+        return {(name, config.nfe): sampler(solver, sigmas, sigmas_net=sigmas_net)}
+    samplers = {}
+    for (solver, nfe), entry in dode.fit(config, run, teacher).items():
+        stages = dode.stages_of(solver, entry["sigmas"], nfe)
+        samplers[f"d-{solver}", nfe] = sampler(dode.integrate, stages, entry["lambdas"])
+        if config.seed == 0 and not (config.schedule or config.teacher):
+            samplers[solver, nfe] = sampler(dode.integrate, stages)  # the same for every seed
+    return samplers
+
+
+def run_job(job, out):
+    script, *options = shlex.split(job.command.replace("OUT/", f"{out.as_posix()}/"))
+    options += ["--out", str(out / job.folder)]
+    if script not in ("ld3.py", "dode.py"):
+        subprocess.run([sys.executable, str(HERE.parent / script), *options], check=True)
+        return
+    script = {"ld3.py": ld3, "dode.py": dode}[script]
+    config = parse_config(script.Config, script.PRESETS, "", [*options, "--eval-n", str(N)])
+    run = Run(script.__name__, config)
+    teacher = load_teacher(config.teacher, "digits", run.device)
+    samplers = learned_samplers(script, config, run, teacher)
+    images = iter(teacher_images(out).to(run.device).split(config.eval_batch))
+    samplers["teacher", 35] = lambda noise, labels: next(images)  # batches come in order
+    evaluator = make_evaluator(config, run.device)
+    run.finish(measure(run, samplers, teacher.net, evaluator, reference="teacher")[0])
+
+
+# ------------------------------------------------------------------------------------ collecting
+
+HAND_MADE = ("ddim", "ipndm")
+
+
+def rows_of(job, metrics):
+    """Rows of the table from a run's metrics.json: {methods, variant, nfe, fid, ...}."""
+    last = job.methods.split(" + ")[-1]
+    for row in metrics["results"]:
+        name, (kind, _, solver) = row["name"], row["name"].partition(", ")
+        if row["fid_n"] != N or name.startswith("teacher"):
+            continue
+        methods, variant = job.methods, job.variant
+        if name in HAND_MADE and methods in ("pd", "d-ode"):  # solvers that learn nothing
+            methods, variant = "", f"{name}, {job.variant or 'cosine'}"
+        elif name in ("d-ddim", "d-ipndm"):
+            variant = ", ".join(filter(None, [name, variant]))
+        elif kind == "ld3":
+            variant = ", ".join(filter(None, [solver, variant]))
+        elif name == "cud-1step":
+            variant = "one-step student"
+        elif name != last:
+            continue
+        about = {"methods": methods, "variant": variant, "nfe": row["nfe"]}
+        about |= {"seed": metrics["seed"], "fid": row["fid"]}
+        # RMSE is to the teacher of the run: the shipped one but in a network's run from another
+        if "rmse_to_teacher" in row and (kind == "ld3" or name[:2] == "d-" or "+" not in methods):
+            about["rmse"] = row["rmse_to_teacher"]
+        commit = metrics.get("commit")
+        yield {**about, "run": job.folder, "command": job.command, "commit": commit}
+
+
+def collect(out):
+    rows, teacher = [], None
+    for job in all_jobs():
+        path = out / job.folder / "metrics.json"
+        if path.exists():
+            metrics = json.loads(path.read_text())
+            rows += rows_of(job, metrics)
+            fids = [r["fid"] for r in metrics["results"] if (r["name"], r["nfe"]) == ("teacher", 35)]
+            teacher = fids[0] if fids and "--teacher" not in job.command else teacher
+    seen = {}  # hand-made solvers stand in several runs
+    for row in rows:
+        seen.setdefault(tuple(row[k] for k in ("methods", "variant", "nfe", "seed")), row)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    about = {"fid_n": N, "fid_features": "digits-classifier", "teacher_fid": teacher}
+    save_json(RESULTS / "results.json", {**about, "results": list(seen.values())})
+
+
+def best(rows, count, nfe):
+    """(mean FID over seeds, methods, variant) of the best with `count` methods; None: not run."""
+    found = {}
+    for row in rows:
+        methods = list(filter(None, row["methods"].split(" + ")))
+        if (len(methods), row["nfe"]) == (count, nfe):
+            found.setdefault((row["methods"], row["variant"]), []).append(row["fid"])
+    means = [(sum(fids) / len(fids), *key) for key, fids in found.items()]
+    return min(means, default=None)
+
+
+def picture(path):
+    """FID against NFE: nothing learned, the best of one method, the best of two."""
+    file = json.loads((RESULTS / "results.json").read_text())
+    nfes = sorted({row["nfe"] for row in file["results"] if row["nfe"] <= 8})
+    figure = Figure(figsize=(8, 4.6), dpi=120)
+    axis = figure.subplots()
+    lines = [("nothing learned", ":", "gray"), ("best of one", "--", "gray")]
+    for count, (label, style, color) in enumerate([*lines, ("best of two", "-", "black")]):
+        points = [(nfe, best(file["results"], count, nfe)) for nfe in nfes]
+        points = [(nfe, *point) for nfe, point in points if point]
+        axis.plot(*list(zip(*points))[:2], style, color=color, label=label, zorder=1)
+        for nfe, fid, methods, _ in points if count else []:
+            colors = [COLORS[method] for method in methods.split(" + ")]
+            axis.scatter(nfe, fid, s=70, color=colors[0], edgecolor=colors[-1], linewidth=2.5)
+            above = 9 if count == 1 else -16
+            axis.annotate(
+                methods, (nfe, fid), (0, above), textcoords="offset points", ha="center",
+                fontsize=8,
+            )
+    if file["teacher_fid"]:
+        style = {"color": COLORS["teacher"], "linestyle": "--", "linewidth": 0.8}
+        axis.axhline(file["teacher_fid"], label="teacher, 35 evaluations", **style)
+    axis.set(xlabel="network evaluations", yscale="log", xticks=nfes)
+    axis.set_ylabel(f"FID [{file['fid_features']}, n={file['fid_n']}]")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def main():
+    config = parse_config(Config, {}, __doc__)
+    out = Path(config.out)
+    for job in [] if config.collect else all_jobs():
+        if not (out / job.folder / "metrics.json").exists():
+            run_job(job, out)
+    collect(out)
+    picture(RESULTS / "fid.png")
+
+
+if __name__ == "__main__":
+    cli(main)
