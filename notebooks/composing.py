@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch
 from matplotlib.figure import Figure
 
 import dode
 import ld3
+import tables
 from common.diffusion import noise_from_seeds, sigma_grid
 from common.fid import make_evaluator, measure
 from common.machinery.files import save_json
@@ -101,7 +102,8 @@ def grids(seed, solver, counts):
 def on_networks():
     """LD3 and D-ODE on students, which are made for Euler's steps, and on CUD's velocity."""
     scalars, grids = [], []
-    for method, steps, nfe in ("pd", 4, 3), ("pd", 2, 2), ("cfd", 4, 3), ("cfd", 2, 2), ("pd", 8, 4):
+    students = ("pd", 4, 3), ("pd", 2, 2), ("cfd", 4, 3), ("cfd", 2, 2), ("pd", 8, 4)
+    for method, steps, nfe in students:
         teacher = f"--teacher OUT/{method}/student-{steps}.pt"
         name, student = f"{method}{steps}", f"{steps}-step student"
         command = f"dode.py {teacher} --solver ddim --grid cosine --nfe {steps}"  # its own grid
@@ -225,8 +227,8 @@ def collect(out):
         if path.exists():
             metrics = json.loads(path.read_text())
             rows += rows_of(job, metrics)
-            fids = [r["fid"] for r in metrics["results"] if (r["name"], r["nfe"]) == ("teacher", 35)]
-            teacher = fids[0] if fids and "--teacher" not in job.command else teacher
+            if job.folder == "pd":
+                teacher = metrics["results"][-1]["fid"]  # Heun, 35 evaluations
     seen = {}  # hand-made solvers stand in several runs
     for row in rows:
         seen.setdefault(tuple(row[k] for k in ("methods", "variant", "nfe", "seed")), row)
@@ -235,40 +237,27 @@ def collect(out):
     save_json(RESULTS / "results.json", {**about, "results": list(seen.values())})
 
 
-def best(rows, count, nfe):
-    """(mean FID over seeds, methods, variant) of the best with `count` methods; None: not run."""
-    found = {}
-    for row in rows:
-        methods = list(filter(None, row["methods"].split(" + ")))
-        if (len(methods), row["nfe"]) == (count, nfe):
-            found.setdefault((row["methods"], row["variant"]), []).append(row["fid"])
-    means = [(sum(fids) / len(fids), *key) for key, fids in found.items()]
-    return min(means, default=None)
-
-
 def picture(path):
     """FID against NFE: nothing learned, the best of one method, the best of two."""
     file = json.loads((RESULTS / "results.json").read_text())
-    nfes = sorted({row["nfe"] for row in file["results"] if row["nfe"] <= 8})
     figure = Figure(figsize=(8, 4.6), dpi=120)
     axis = figure.subplots()
-    lines = [("nothing learned", ":", "gray"), ("best of one", "--", "gray")]
-    for count, (label, style, color) in enumerate([*lines, ("best of two", "-", "black")]):
-        points = [(nfe, best(file["results"], count, nfe)) for nfe in nfes]
-        points = [(nfe, *point) for nfe, point in points if point]
-        axis.plot(*list(zip(*points))[:2], style, color=color, label=label, zorder=1)
-        for nfe, fid, methods, _ in points if count else []:
-            colors = [COLORS[method] for method in methods.split(" + ")]
-            axis.scatter(nfe, fid, s=70, color=colors[0], edgecolor=colors[-1], linewidth=2.5)
-            above = 9 if count == 1 else -16
-            axis.annotate(
-                methods, (nfe, fid), (0, above), textcoords="offset points", ha="center",
-                fontsize=8,
-            )
+    lines = ("nothing learned", ":"), ("best of one", "--"), ("best of two", "-")
+    for count, (label, style) in enumerate(lines):
+        best = {nfe: tables.best_of(count, nfe) for nfe in tables.COMPOSED_NFE}
+        points = [(nfe, tables.mean_of(b[1]), b[0]) for nfe, b in best.items() if b]
+        axis.plot(*list(zip(*points))[:2], style, color="gray", label=label, zorder=1)
+        for nfe, fid, methods in points if count else []:
+            inside, *edge = [COLORS[method] for method in methods.split(" + ")]
+            look = {"color": inside, "edgecolor": edge or inside, "linewidth": 2.5}
+            axis.scatter(nfe, fid, s=80, **look)
+            offset = (0, 10 if count == 1 else -18)
+            about = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+            axis.annotate(tables.methods_name(methods), (nfe, fid), offset, **about)
     if file["teacher_fid"]:
-        style = {"color": COLORS["teacher"], "linestyle": "--", "linewidth": 0.8}
+        style = {"color": COLORS["teacher"], "linestyle": "-.", "linewidth": 0.8}
         axis.axhline(file["teacher_fid"], label="teacher, 35 evaluations", **style)
-    axis.set(xlabel="network evaluations", yscale="log", xticks=nfes)
+    axis.set(xlabel="network evaluations", yscale="log", xticks=tables.COMPOSED_NFE)
     axis.set_ylabel(f"FID [{file['fid_features']}, n={file['fid_n']}]")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.3)

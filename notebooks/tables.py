@@ -150,7 +150,71 @@ def mnist_gdd():
     return markdown(["", "evaluations", "FID\\* / unseen", "precision", "recall"], rows)
 
 
-TABLES = (mnist_teacher, mnist_ld3, mnist_dode, mnist_pd_cfd, mnist_cud, mnist_gdd)
+def composing_runs():
+    """{methods: {(variant, NFE): the rows of its seeds}} of notebooks/composing.py."""
+    groups = {}
+    for file in read("digits-composing"):
+        for row in file["results"]:
+            variants = groups.setdefault(row["methods"], {})
+            variants.setdefault((row["variant"], row["nfe"]), []).append(row)
+    return groups
+
+
+def mean_of(rows, column="fid"):
+    found = [row[column] for row in rows if column in row]
+    return statistics.mean(found) if found else None
+
+
+def best_of(count, nfe):
+    """(methods, rows) of the lowest mean FID with `count` methods; None if none was run."""
+    found = [
+        (methods, rows)
+        for methods, variants in composing_runs().items()
+        for (_, n), rows in variants.items()
+        if n == nfe and len(methods.replace("+", "").split()) == count
+    ]
+    return min(found, key=lambda pair: mean_of(pair[1]), default=None)
+
+
+COMPOSED_NFE = (1, 2, 3, 4, 6, 8)
+METHODS = {
+    "": "nothing learned", "ld3": "LD3", "d-ode": "D-ODE", "pd": "PD", "cfd": "CFD", "cud": "CUD",
+    "gdd-i": "GDD-I",
+}
+
+
+def methods_name(methods):
+    return " + ".join(METHODS[method] for method in methods.split(" + "))
+
+
+def fid_and_rmse(rows):
+    rmse = mean_of(rows, "rmse")
+    text = cell([row["fid"] for row in rows])
+    return text if rmse is None else f"{text} ({rmse:.3f})"
+
+
+def composing():
+    lines = {}
+    for methods, variants in composing_runs().items():
+        for (variant, nfe), rows in variants.items():
+            label = methods_name(methods)
+            if methods in ("ld3", "d-ode", "ld3 + d-ode"):
+                label += f", {variant.split(', ')[0].removeprefix('d-').replace('ddim', 'euler')}"
+            known = lines.setdefault(label, {}).setdefault(nfe, rows)
+            if mean_of(rows) < mean_of(known):
+                lines[label][nfe] = rows
+    table = []
+    for label in sorted(lines, key=lambda label: label.count("+")):
+        cells = [fid_and_rmse(lines[label][n]) if n in lines[label] else "" for n in COMPOSED_NFE]
+        table.append([label, *cells])
+    for count, label in (1, "best of one"), (2, "best of two"):
+        best = [best_of(count, nfe) for nfe in COMPOSED_NFE]
+        names = [f"{cell([mean_of(b[1])])}, {methods_name(b[0])}" if b else "" for b in best]
+        table.append([f"**{label}**", *names])
+    return markdown(["network evaluations", *COMPOSED_NFE], table)
+
+
+TABLES = (mnist_teacher, mnist_ld3, mnist_dode, mnist_pd_cfd, mnist_cud, mnist_gdd, composing)
 
 
 def fill(text):

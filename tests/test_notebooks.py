@@ -173,3 +173,17 @@ def test_distributional_notebook():
     fid = {name: float(value) for name, value in found}
     assert fid["gdd-i, 1"] < 0.2 * fid["before training, 1"]
     assert fid["ddim, 10"] < fid["ddim, 5"]
+def test_your_method_notebook():
+    printed = execute("8_your_method.ipynb")
+    error = {}
+    for n, *both in re.findall(r"^ *(\d+) steps: error (\S+) \(Euler\), (\S+) \(", printed, re.M):
+        error[int(n)] = [float(value) for value in both]
+    for method, order in (0, 1), (1, 2):
+        ratios = [error[n][method] / error[2 * n][method] for n in (10, 20, 40)]
+        assert all(abs(ratio / 2**order - 1) < 0.05 for ratio in ratios)
+    pattern = r"^\d steps: RMSE (\S+) \(Euler\), (\S+) \(.+\), (\S+) \(learned"
+    toys = [tuple(map(float, found)) for found in re.findall(pattern, printed, re.M)]
+    assert len(toys) == 3 and all(ours < quarter < plain for plain, quarter, ours in toys)
+    rows = re.findall(r"^(ddim|shift) +5 +(\S+) +(\S+)$", printed, re.M)
+    rmse, fid = ({name: float(row[i]) for name, *row in rows} for i in (0, 1))
+    assert rmse["shift"] < 0.95 * rmse["ddim"] and fid["shift"] < 0.9 * fid["ddim"]
