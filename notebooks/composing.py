@@ -72,21 +72,15 @@ def networks():
     ]
 
 
-HARD = "--objective hard"  # a quarter of the time less, and as good on digits (RESULTS.md)
+HARD = "--objective hard"  # takes less time, and is as good on digits (RESULTS.md)
 
 
-def scalars(seed, grid, counts):
-    """D-ODE on the shipped teacher."""
-    nfes = " ".join(map(str, counts))
-    command = f"dode.py --solver ddim ipndm --grid {grid} --nfe {nfes} --seed {seed}"
-    return [Job("d-ode", grid, f"d-ode-{grid}-nfe{counts[-1]}-seed{seed}", command)]
-
-
-def grids(seed, solver, counts):
-    """LD3 on the shipped teacher and, where times are coupled, D-ODE on its grid."""
-    jobs = []
-    for nfe in counts:
-        about = f"--nfe {nfe} --seed {seed}"
+def on_teacher(nfe, seed):
+    """D-ODE, LD3 and, where its times are coupled, D-ODE on its grid."""
+    about = f"--nfe {nfe} --seed {seed}"
+    name = f"d-ode-nfe{nfe}-seed{seed}"
+    jobs = [Job("d-ode", "logsnr", name, f"dode.py --solver ddim ipndm --grid logsnr {about}")]
+    for solver in ("ipndm", "euler", "unipc"):
         name = f"ld3-{solver}-nfe{nfe}-seed{seed}"
         command = f"ld3.py --solver {solver} {HARD} {about}"
         if solver == "unipc":
@@ -99,36 +93,43 @@ def grids(seed, solver, counts):
     return jobs
 
 
-def on_networks():
-    """LD3 and D-ODE on students, which are made for Euler's steps, and on CUD's velocity."""
-    scalars, grids = [], []
-    students = ("pd", 4, 3), ("pd", 2, 2), ("cfd", 4, 3), ("cfd", 2, 2), ("pd", 8, 4)
-    for method, steps, nfe in students:
-        teacher = f"--teacher OUT/{method}/student-{steps}.pt"
-        name, student = f"{method}{steps}", f"{steps}-step student"
-        command = f"dode.py {teacher} --solver ddim --grid cosine --nfe {steps}"  # its own grid
-        scalars.append(Job(f"{method} + d-ode", student, f"{name}+d-ode", command))
-        command = f"ld3.py {teacher} --solver euler {HARD} --nfe {nfe}"
-        grids.append(Job(f"{method} + ld3", student, f"{name}+ld3-nfe{nfe}", command))
-    teacher = "--teacher OUT/cud/checkpoint.pt"
-    command = f"dode.py {teacher} --solver ddim ipndm --grid logsnr --nfe 2 3 4"
-    scalars.append(Job("cud + d-ode", "logsnr", "cud+d-ode", command))
-    for nfe in (2, 4):
-        command = f"ld3.py {teacher} --solver ipndm {HARD} --nfe {nfe}"
-        grids.append(Job("cud + ld3", "", f"cud+ld3-nfe{nfe}", command))
-    return scalars + grids
+def scalars_on_networks():
+    """D-ODE on students with as many steps, on their own grid, and on CUD's velocity."""
+    jobs = []
+    for method, steps in ("pd", 2), ("cfd", 2), ("pd", 4), ("cfd", 4), ("pd", 8):
+        command = f"dode.py --teacher OUT/{method}/student-{steps}.pt --solver ddim --grid cosine"
+        about = f"{method} + d-ode", f"{steps}-step student", f"{method}{steps}+d-ode"
+        jobs.append(Job(*about, f"{command} --nfe {steps}"))
+    for nfe in (2, 3, 4):
+        command = "dode.py --teacher OUT/cud/checkpoint.pt --solver ddim ipndm --grid logsnr"
+        jobs.append(Job("cud + d-ode", "logsnr", f"cud+d-ode-nfe{nfe}", f"{command} --nfe {nfe}"))
+    return jobs
+
+
+def grids_on_networks(nfe):
+    """LD3 on students, which are made for Euler's steps, and on CUD's velocity."""
+    jobs = []
+    students = [("pd", 2, 2), ("cfd", 2, 2), ("pd", 4, 3), ("cfd", 4, 3), ("pd", 8, 4)]
+    for method, steps, right_nfe in students:
+        if right_nfe == nfe:
+            teacher = f"--teacher OUT/{method}/student-{steps}.pt"
+            about = f"{method} + ld3", f"{steps}-step student", f"{method}{steps}+ld3-nfe{nfe}"
+            jobs.append(Job(*about, f"ld3.py {teacher} --solver euler {HARD} --nfe {nfe}"))
+    if nfe <= 4:
+        command = f"ld3.py --teacher OUT/cud/checkpoint.pt --solver ipndm {HARD} --nfe {nfe}"
+        jobs.append(Job("cud + ld3", "", f"cud+ld3-nfe{nfe}", command))
+    return jobs
 
 
 def all_jobs():
-    """In the order of running: what others need first, then the cheap and the telling."""
+    """In the order of running: cheap ones first, and nothing before what it needs."""
     from_teacher, from_others = networks()
-    few, more = (2, 3, 4), (6, 8)
-    jobs = from_teacher + scalars(0, "logsnr", few)
-    jobs += grids(0, "ipndm", few) + grids(0, "euler", few) + on_networks()
-    jobs += grids(1, "ipndm", few) + grids(2, "ipndm", few) + from_others[:1]
-    jobs += scalars(1, "logsnr", few) + scalars(2, "logsnr", few)
-    jobs += grids(0, "unipc", few) + grids(1, "euler", few) + grids(2, "euler", few)
-    jobs += scalars(0, "edm", few) + scalars(0, "logsnr", more) + grids(0, "ipndm", more)
+    jobs = from_teacher + scalars_on_networks()
+    for nfe in (2, 3, 4, 6, 8):
+        jobs += grids_on_networks(nfe) + on_teacher(nfe, 0)
+    jobs += from_others[:1]
+    for nfe in (2, 3, 4, 6, 8):
+        jobs += on_teacher(nfe, 1) + on_teacher(nfe, 2)
     return jobs + from_others[1:]
 
 
