@@ -82,25 +82,26 @@ def on_teacher(nfe, seed):
     jobs = [Job("d-ode", "logsnr", name, f"dode.py --solver ddim ipndm --grid logsnr {about}")]
     for solver in ("ipndm", "euler", "unipc"):
         name = f"ld3-{solver}-nfe{nfe}-seed{seed}"
-        command = f"ld3.py --solver {solver} {HARD} {about}"
-        if solver == "unipc":
-            jobs.append(Job("ld3", "", name, command))
+        if solver == "unipc":  # all as by default
+            jobs.append(Job("ld3", "", name, f"ld3.py {about}"))
         else:
-            jobs.append(Job("ld3", "", name, f"{command} --times coupled"))
+            command = f"ld3.py --solver {solver} {HARD} --times coupled {about}"
+            jobs.append(Job("ld3", "", name, command))
             command = f"dode.py --solver {solver.replace('euler', 'ddim')} {about}"
             command += f" --schedule OUT/{name}/schedule.json"
             jobs.append(Job("ld3 + d-ode", "", f"{name}+d-ode", command))
     return jobs
 
 
-def scalars_on_networks():
+def scalars_on_networks(seed):
     """D-ODE on students with as many steps, on their own grid, and on CUD's velocity."""
     jobs = []
     for method, steps in ("pd", 2), ("cfd", 2), ("pd", 4), ("cfd", 4), ("pd", 8):
         command = f"dode.py --teacher OUT/{method}/student-{steps}.pt --solver ddim --grid cosine"
-        about = f"{method} + d-ode", f"{steps}-step student", f"{method}{steps}+d-ode"
-        jobs.append(Job(*about, f"{command} --nfe {steps}"))
-    for nfe in (2, 3, 4):
+        command += f" --nfe {steps} --seed {seed}"
+        about = f"{method} + d-ode", f"{steps}-step student", f"{method}{steps}+d-ode-seed{seed}"
+        jobs.append(Job(*about, command))
+    for nfe in (2, 3, 4) if seed == 0 else ():
         command = "dode.py --teacher OUT/cud/checkpoint.pt --solver ddim ipndm --grid logsnr"
         jobs.append(Job("cud + d-ode", "logsnr", f"cud+d-ode-nfe{nfe}", f"{command} --nfe {nfe}"))
     return jobs
@@ -124,7 +125,9 @@ def grids_on_networks(nfe):
 def all_jobs():
     """In the order of running: cheap ones first, and nothing before what it needs."""
     from_teacher, from_others = networks()
-    jobs = from_teacher + scalars_on_networks()
+    command = "dode.py --solver ddim --nfe 1 2 4 8"
+    jobs = [*from_teacher, Job("d-ode", "edm", "d-ode-edm-seed0", command)]
+    jobs += scalars_on_networks(0) + scalars_on_networks(1) + scalars_on_networks(2)
     for nfe in (2, 3, 4, 6, 8):
         jobs += grids_on_networks(nfe) + on_teacher(nfe, 0)
     jobs += from_others[:1]
@@ -161,8 +164,7 @@ def learned_samplers(script, config, run, teacher):
         sigmas, sigmas_net = ld3.train(config, run, teacher, distance)
         save_schedule(run.out / "schedule.json", sigmas, sigmas_net, nfe=config.nfe)
         solver = partial(SOLVERS[config.solver], order=config.order)
-        name = f"ld3, {config.solver}"
-        return {(name, config.nfe): sampler(solver, sigmas, sigmas_net=sigmas_net)}
+        return {("ld3", config.nfe): sampler(solver, sigmas, sigmas_net=sigmas_net)}
     samplers = {}
     for (solver, nfe), entry in dode.fit(config, run, teacher).items():
         stages = dode.stages_of(solver, entry["sigmas"], nfe)
@@ -185,37 +187,40 @@ def run_job(job, out):
     samplers = learned_samplers(script, config, run, teacher)
     images = iter(teacher_images(out).to(run.device).split(config.eval_batch))
     samplers["teacher", 35] = lambda noise, labels: next(images)  # batches come in order
-    evaluator = make_evaluator(config, run.device)
+    evaluator = make_evaluator(config, run.device, unseen=True)
     run.finish(measure(run, samplers, teacher.net, evaluator, reference="teacher")[0])
 
 
 # ------------------------------------------------------------------------------------ collecting
 
-HAND_MADE = ("ddim", "ipndm")
+GRIDS = ("uniform", "quadratic", "logsnr", "edm")
 
 
 def rows_of(job, metrics):
     """Rows of the table from a run's metrics.json: {methods, variant, nfe, fid, ...}."""
-    last = job.methods.split(" + ")[-1]
+    solver = metrics["config"].get("solver")
     for row in metrics["results"]:
-        name, (kind, _, solver) = row["name"], row["name"].partition(", ")
-        if row["fid_n"] != N or name.startswith("teacher"):
-            continue
-        methods, variant = job.methods, job.variant
-        if name in HAND_MADE and methods in ("pd", "d-ode"):  # solvers that learn nothing
-            methods, variant = "", f"{name}, {job.variant or 'cosine'}"
-        elif name in ("d-ddim", "d-ipndm"):
-            variant = ", ".join(filter(None, [name, variant]))
-        elif kind == "ld3":
-            variant = ", ".join(filter(None, [solver, variant]))
+        name, methods, variant = row["name"], job.methods, [job.variant]
+        if name == "ld3":
+            variant.insert(0, solver)
+        elif name.startswith("d-"):
+            variant.insert(0, name)
+        elif methods == "ld3" and name in GRIDS:
+            methods, variant = "", [solver, name]
+        elif methods == "d-ode" and name in ("ddim", "ipndm", "ab2", "dpmpp2m"):
+            methods, variant = "", [name, job.variant]
+        elif methods == "pd" and name == "ddim":
+            methods, variant = "", [name, "cosine"]
         elif name == "cud-1step":
-            variant = "one-step student"
-        elif name != last:
+            variant = ["one-step student"]
+        elif name != methods.split(" + ")[-1]:
             continue
-        about = {"methods": methods, "variant": variant, "nfe": row["nfe"]}
-        about |= {"seed": metrics["seed"], "fid": row["fid"]}
-        # RMSE is to the teacher of the run: the shipped one but in a network's run from another
-        if "rmse_to_teacher" in row and (kind == "ld3" or name[:2] == "d-" or "+" not in methods):
+        if row["fid_n"] != N:
+            continue
+        about = {"methods": methods, "variant": ", ".join(filter(None, variant))}
+        about |= {"nfe": row["nfe"], "seed": metrics["seed"], "fid": row["fid"]}
+        about |= {"fid_unseen": row["fid_unseen"]} if "fid_unseen" in row else {}
+        if "rmse_to_teacher" in row and "+ pd" not in methods:  # that is RMSE to CUD's
             about["rmse"] = row["rmse_to_teacher"]
         commit = metrics.get("commit")
         yield {**about, "run": job.folder, "command": job.command, "commit": commit}
@@ -252,13 +257,15 @@ def picture(path):
             inside, *edge = [COLORS[method] for method in methods.split(" + ")]
             look = {"color": inside, "edgecolor": edge or inside, "linewidth": 2.5}
             axis.scatter(nfe, fid, s=80, **look)
-            offset = (0, 10 if count == 1 else -18)
+            offset = (0, 10 if count == 1 else -19)
             about = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+            about["bbox"] = {"color": "white", "pad": 0.5}
             axis.annotate(tables.methods_name(methods), (nfe, fid), offset, **about)
     if file["teacher_fid"]:
         style = {"color": COLORS["teacher"], "linestyle": "-.", "linewidth": 0.8}
         axis.axhline(file["teacher_fid"], label="teacher, 35 evaluations", **style)
     axis.set(xlabel="network evaluations", yscale="log", xticks=tables.COMPOSED_NFE)
+    axis.margins(y=0.12)
     axis.set_ylabel(f"FID [{file['fid_features']}, n={file['fid_n']}]")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.3)

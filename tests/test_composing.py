@@ -42,7 +42,7 @@ def test_a_run_measures_the_learned_grid_and_the_scalars_on_it(tmp_path, monkeyp
 
     metrics = json.loads((tmp_path / "grid/metrics.json").read_text())
     row, teacher_row = metrics["results"]
-    assert (row["name"], row["fid_n"], teacher_row["rmse_to_teacher"]) == ("ld3, euler", 32, 0)
+    assert (row["name"], row["fid_n"], teacher_row["rmse_to_teacher"]) == ("ld3", 32, 0)
     sigmas = json.loads((tmp_path / "grid/schedule.json").read_text())["sigmas"]
     images = torch.load(tmp_path / "teacher-images.pt")
     with torch.no_grad():
@@ -59,22 +59,25 @@ def test_a_run_measures_the_learned_grid_and_the_scalars_on_it(tmp_path, monkeyp
 
 def metrics_of(**fids):
     same = {"nfe": 4, "fid_n": composing.N, "rmse_to_teacher": 0.5}
-    return {"seed": 0, "results": [{"name": k, "fid": fid, **same} for k, fid in fids.items()]}
+    rows = [{"name": name, "fid": fid, **same} for name, fid in fids.items()]
+    return {"seed": 0, "config": {"solver": "unipc"}, "results": rows}
 
 
 def test_rows_of_a_network_run_are_its_own_method_and_solvers_that_learn_nothing():
-    metrics = metrics_of(ddim=2.0, pd=0.5, cfd=0.4, teacher=0.1) | {"commit": "abc"}
+    metrics = metrics_of(ddim=2.0, pd=0.5, cfd=0.4, teacher=0.1)
     metrics["results"].append({"name": "cfd", "nfe": 4, "fid": 9.0, "fid_n": 7})  # another n
-    found = {}
-    for method in ("pd", "cfd", "cud + pd"):
+    found, variants = {}, {}
+    for method in ("pd", "cfd", "cud + pd", "ld3"):
         job = composing.Job(method, "", "folder", "command")
-        found[method] = {
-            (row["methods"], row["fid"]): row.get("rmse")
-            for row in composing.rows_of(job, metrics)
-        }
+        kept = metrics_of(edm=3.0, ld3=0.7, teacher=0.1) if method == "ld3" else metrics
+        rows = list(composing.rows_of(job, kept))
+        found[method] = {(row["methods"], row["fid"]): row.get("rmse") for row in rows}
+        variants[method] = [row["variant"] for row in rows]
     assert found["pd"] == {("", 2.0): 0.5, ("pd", 0.5): 0.5}
     assert found["cfd"] == {("cfd", 0.4): 0.5}
     assert found["cud + pd"] == {("cud + pd", 0.5): None}  # RMSE to CUD's own trajectories
+    assert found["ld3"] == {("", 3.0): 0.5, ("ld3", 0.7): 0.5}
+    assert variants["ld3"] == ["unipc, edm", "unipc"] and variants["pd"] == ["ddim, cosine", ""]
 
 
 def test_the_table_has_means_over_seeds_of_the_best_variant(tmp_path, monkeypatch):
