@@ -173,6 +173,9 @@ def test_distributional_notebook():
     fid = {name: float(value) for name, value in found}
     assert fid["gdd-i, 1"] < 0.2 * fid["before training, 1"]
     assert fid["ddim, 10"] < fid["ddim, 5"]
+
+
+@pytest.mark.slow
 def test_your_method_notebook():
     printed = execute("8_your_method.ipynb")
     error = {}
