@@ -21,6 +21,7 @@ from common import UsageError
 from common.machinery.files import atomic_write, save_json
 from common.machinery.options import DATASETS, cli, option, parse_config
 from common.machinery.plots import COLORS, save_comparison, save_curves
+from common.machinery.run import name_of_data
 
 SCRIPTS = Path(common.__file__).parent.parent  # of the repository, or site-packages
 METHODS = ("ld3", "dode", "progressive", "cfd", "cud", "distributional")
@@ -67,7 +68,7 @@ class Config:
 
     def __post_init__(self):
         self.methods = tuple(m for m in METHODS if m in self.methods)
-        name = f"runs/compare-{self.dataset}" + "-quick" * self.quick
+        name = f"runs/compare-{name_of_data(self)}" + "-quick" * self.quick
         self.out = Path(self.out or name)
         if self.eval_n is None and self.dataset in ("digits", "mnist"):
             self.eval_n = 1024  # else what the presets say, which is the same for all
