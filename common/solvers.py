@@ -99,7 +99,8 @@ def heun(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
         slope = _slope(denoiser, x, net[i])
         x_next = torch.addcmul(x, h, slope)
         if above_zero[i + 1]:
-            x_next = _sum((1, h / 2, h / 2), (x, slope, _slope(denoiser, x_next, net[i + 1])))
+            slope = slope + _slope(denoiser, x_next, net[i + 1])
+            x_next = torch.addcmul(x, h / 2, slope)
         x = x_next
         callback(i + 1, x)
     return x
