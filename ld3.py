@@ -210,9 +210,8 @@ def train(config, run, teacher, distance):
     solver = partial(SOLVERS[config.solver], order=config.order)
     radius = config.radius * torch.Size(teacher.net.img_shape).numel() / config.n**2
 
-    # Training, then validation latents; evaluation: 0, 1, 2, ...
-    seeds = torch.arange(config.train_n + config.valid_n, device=run.device)
-    seeds += 10**6 * (config.seed + 1)
+    # Training, then validation latents; the evaluation has the seeds 0, 1, 2, ...
+    seeds = torch.arange(config.train_n + config.valid_n) + 10**6 * (config.seed + 1)
     origin = noise_from_seeds(seeds, teacher.net.img_shape, run.device)  # (M, C, H, W)
 
     def model(i):
@@ -242,7 +241,7 @@ def train(config, run, teacher, distance):
     for step in run.steps(config.steps, "learning the grid"):
         generator = torch.Generator().manual_seed(config.seed * 10**6 + step // batches)
         order = torch.randperm(config.train_n, generator=generator)
-        i = order[step % batches * config.batch_size :][: config.batch_size].to(run.device)
+        i = order[step % batches * config.batch_size :][: config.batch_size]
         latents = state.latents[i].requires_grad_(config.objective == "soft")
         losses = loss_fn(latents, i)  # (B,)
         run.loss = losses.mean()
@@ -261,7 +260,7 @@ def train(config, run, teacher, distance):
                 better = loss_fn(moved, i) < losses
                 state.latents[i] = torch.where(better.view(-1, 1, 1, 1), moved, latents)
                 state.moved += int(better.sum())
-            if (step + 1) % batches == 0:  # a round is over: halve the rate if none moved
+            if (step + 1) % batches == 0:  # a round is over: halve the rate if no latent moved
                 state.lr_latent /= 1 if state.moved else 2
                 state.moved = 0
 

@@ -481,12 +481,12 @@ def test_sampling_may_use_tf32_and_what_follows_may_not(backends):
             raise UsageError("fails")
         return noise
 
-    space = fid.FeatureExtractor("pixels", "", 16, torch.device("cpu"), features)
-    evaluator = Evaluator(space, (np.zeros(16), np.eye(16)))
-    measure({("a", 1): sampler}, evaluator)
+    space = fid.FeatureExtractor("pixels", "", 64, torch.device("cpu"), features)
+    evaluator = Evaluator(space, (np.zeros(64), np.eye(64)))
+    measure({("a", 1): sampler}, evaluator, shape=(1, 8, 8))
     with pytest.raises(UsageError, match="fails"):
-        measure({("a", 1): sampler}, evaluator)
-    assert seen == {"sampling": [True] * 4, "features": [False] * 2}
+        measure({("a", 1): sampler}, evaluator, shape=(1, 8, 8))
+    assert seen["sampling"] == [True] * 4 and seen["features"] and not any(seen["features"])
     assert not any(backend.allow_tf32 for backend in backends)
 
 
