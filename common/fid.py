@@ -37,6 +37,7 @@ from common.machinery.files import (
 from common.machinery.inception import EDM_REFERENCES, edm_reference, load_inception
 from common.machinery.pickles import one_line
 from common.machinery.ranks import gather_rows, rank_and_world, share_of, sum_over_ranks
+from common.machinery.run import tf32
 
 # -------------------------------------------------------------------------------- the distance
 
@@ -432,7 +433,8 @@ def measure(run, samplers, net, evaluator=None, reference=None):
                 pure_noise.add(noise, first)
             for i, label in enumerate(order):
                 bar.set_postfix_str(label, refresh=False)
-                x0 = labelled[label][2](noise, labels).float()
+                with tf32():
+                    x0 = labelled[label][2](noise, labels).float()
                 if not x0.isfinite().all():
                     raise UsageError(
                         f"{label}: the sampler gave values that are not finite, "

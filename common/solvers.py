@@ -97,10 +97,9 @@ def heun(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
     for i in range(len(s) - 1):
         h = s[i + 1] - s[i]
         slope = _slope(denoiser, x, net[i])
-        x_next = torch.addcmul(x, h, slope)
         if above_zero[i + 1]:
-            x_next = _sum((1, h / 2, h / 2), (x, slope, _slope(denoiser, x_next, net[i + 1])))
-        x = x_next
+            slope = (slope + _slope(denoiser, x + h * slope, net[i + 1])) / 2
+        x = x + h * slope
         callback(i + 1, x)
     return x
 

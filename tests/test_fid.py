@@ -452,6 +452,44 @@ def test_without_test_images_only_noise_stands_beside_a_fid(monkeypatch):
     assert found == {"fid": {"noise": 7.0}}
 
 
+@pytest.fixture
+def backends():
+    """Both that have TF32, with it switched off, as in every run."""
+    both = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in both]
+    for backend in both:
+        backend.allow_tf32 = False
+    yield both
+    for backend, value in zip(both, before):
+        backend.allow_tf32 = value
+
+
+def test_sampling_may_use_tf32_and_what_follows_may_not(backends):
+    """Also after a sampler that fails."""
+    seen = {"sampling": [], "features": []}
+
+    def note(where):
+        seen[where] += [backend.allow_tf32 for backend in backends]
+
+    def features(images):
+        note("features")
+        return images.flatten(1).float()
+
+    def sampler(noise, labels):
+        note("sampling")
+        if len(seen["sampling"]) > 2:
+            raise UsageError("fails")
+        return noise
+
+    space = fid.FeatureExtractor("pixels", "", 64, torch.device("cpu"), features)
+    evaluator = Evaluator(space, (np.zeros(64), np.eye(64)))
+    measure({("a", 1): sampler}, evaluator, shape=(1, 8, 8))
+    with pytest.raises(UsageError, match="fails"):
+        measure({("a", 1): sampler}, evaluator, shape=(1, 8, 8))
+    assert seen["sampling"] == [True] * 4 and seen["features"] and not any(seen["features"])
+    assert not any(backend.allow_tf32 for backend in backends)
+
+
 def test_sampling_keeps_no_graph_and_refuses_what_is_not_finite():
     scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
     third = noise_from_seeds([3], (1, 2, 2))[:, :1, :1, :1]

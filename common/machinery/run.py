@@ -87,6 +87,25 @@ def name_of_data(config):
     return f"folder-{name}" if name in DATASETS else name
 
 
+@contextlib.contextmanager
+def tf32():
+    """Products in TF32 where a GPU has it: for sampling, not for training or features.
+
+    Simulated (20 evaluations, inputs of all convolutions and of attention rounded to 10 bits):
+    images move by an RMSE of .0002 on digits and .0003 on MNIST; 19 evaluations instead of 20
+    move them by .010 and .005.
+    """
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = True
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+
+
 class Run:
     """One run of a script. `config` needs `dataset data_dir seed device out resume smoke`.
 
