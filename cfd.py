@@ -19,7 +19,7 @@ Differences from paper and official code (github.com/zju-SWJ/RCFD, commit 14b9a3
  4. f: a small classifier or torchvision's of ImageNet (theirs: also ResNet18, DenseNet201).
  5. digits: 16 -> 8 by PD, 8 -> 1 by CFD, 300 updates, lr 5e-4 (theirs, CIFAR-10:
     1024 -> 8 -> 1, 10,000, 5e-5).
-Result on digits, FID [digits-classifier, n=1024] at 4, 2, 1 steps: 0.50, 0.63, 0.84; PD 0.50,
+Result on digits, FID [digits-classifier, n=1024] at 4, 2, 1 steps: 0.52, 0.64, 0.93; PD 0.52,
 0.69, 1.18. More: RESULTS.md
     python cfd.py                                  # digits: 4 min on 2 CPU cores
     python cfd.py --pd runs/progressive-digits     # start from PD's 8-step student

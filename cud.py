@@ -19,7 +19,7 @@ Differences from the official code (Catch-Up-Distillation, commit 7d271f1):
     and log variance (theirs: one of twice the channels).
  4. Heun's steps cover the whole interval (theirs: half of it).
  5. digits: adaptive weights, TN = 160 (theirs: neither; 16).
-Digits, FID of 4 evaluations: 2.75 +- .13; rectified flow: 5.44 +- .16. More: RESULTS.md
+Digits, FID of 4 evaluations: 3.09; rectified flow: 5.84. More: RESULTS.md
     python cud.py --baseline               # digits: 9 minutes on 2 CPU cores, 5 without
     python cud.py --dataset mnist --rk 34  # three heads
 """

@@ -19,7 +19,7 @@ Differences from the paper and its official code (github.com/vinhsuhi/LD3, commi
     also reloads the best grid every round, keeps the rates at the first plateau, lowers
     theta2's in phase 2 only, and trains on the last, partial batch of a round.
  6. digits: 100 training latents, batches of 10, rate of theta2 2 / N (theirs: 50, 2, 0.1 / N).
-Digits, 5 evaluations: RMSE to the teacher .342 (best hand-made grid) -> .098 +- .007.
+Digits, 5 evaluations: RMSE to the teacher .342 (best hand-made grid) -> .104.
     python ld3.py                             # digits: 30 s on 2 CPU cores
     python ld3.py --solver dpmpp --nfe 8      # another solver
     python ld3.py --steps 0 --schedule runs/ld3-digits/schedule.json  # only measure

@@ -19,7 +19,7 @@ Differences from paper and official code (google-research/diffusion_distillation
  3. Two stages, 2 steps and 1, have twice the updates (paper, 5.2; released config: no).
  4. Only the finished image is clipped to [-1, 1] (theirs: every prediction in sampling).
  5. digits: 16 -> 1, 300 updates, lr 5e-4 (theirs, CIFAR-10: 8192 -> 1, 50,000, 5e-5).
-Result on digits, FID [digits-classifier, n=1024] at 8, 4, 2, 1 steps: 0.39, 0.50, 0.69, 1.18;
+Result on digits, FID [digits-classifier, n=1024] at 8, 4, 2, 1 steps: 0.40, 0.52, 0.69, 1.18;
 DDIM 0.67, 2.3, 19, 105. More: RESULTS.md
     python progressive.py                         # digits, 16 -> 1: 4 min on 2 CPU cores
     python progressive.py --from-steps 4 --teacher runs/progressive-digits/student-4.pt

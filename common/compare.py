@@ -1,7 +1,7 @@
 """Six methods, one data set, one teacher: a picture, two plots and a table.
 
     python -m common.compare                    # digits: half an hour on 2 CPU cores
-    python -m common.compare --quick            # short trainings: seven minutes
+    python -m common.compare --quick            # short trainings
     python -m common.compare --dataset mnist --methods ld3 dode
 
 Runs the scripts one after the other, each into a folder of its own in --out; what is there
@@ -200,7 +200,7 @@ def draw(out, dataset, space, rows):
             with np.load(out / row["run"] / "samples.npz") as file:
                 images = file[f"{row['name']}, NFE {nfe}"]
             cells[line][column] = images, ": ".join([*caption, f"FID {row['fid']:.3g}"])
-    columns = [*(f"NFE {n}" for n in COUNTS), BEST]
+    columns = [f"NFE {n}" for n in COUNTS] + [BEST] * any(BEST in row for row in cells.values())
     cells = {label: row for label, row in cells.items() if row}
     save_comparison(out / "samples.png", cells, columns, f"{dataset}: the same noise everywhere")
     look = {"references": best, "baselines": BASELINES, "title": dataset}

@@ -1,15 +1,24 @@
-"""Write the tables of RESULTS.md from the files in notebooks/results: python notebooks/tables.py
+"""Write the tables of README.md and RESULTS.md from the files in notebooks/results:
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`; the function NAME here makes it. A test
-fails where text and files differ.
+    python notebooks/tables.py
+
+A table stands between `<!-- NAME -->` and `<!-- end -->`; TABLES says what makes it. A test fails
+where text and files differ.
 """
 import json
+import re
 import statistics
+import sys
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-TEXT = HERE.parent / "RESULTS.md"
+TEXTS = [HERE.parent / name for name in ("README.md", "RESULTS.md")]
+sys.path.insert(0, str(HERE.parent))
+
+from common.compare import COUNTS  # noqa: E402
+from common.machinery.run import METRICS, table  # noqa: E402
 
 
 def read(pattern):
@@ -53,13 +62,13 @@ def both(runs, name, nfe):
 # ------------------------------------------------------------------------------ the tables
 
 
-def mnist_teacher():
-    quality, = read("mnist-teacher") or [{"results": []}]
+def teacher(dataset):
+    quality, = read(f"{dataset}-teacher") or [{"results": []}]
     rows = []
     for row in quality["results"]:
-        fids = [number(value) for key, value in row.items() if key.startswith("fid ")]
+        fids = [number(row[key]) for key in ("fid", "fid_unseen")]
         shares = [f"{row[key]:.3f}" for key in ("precision", "recall", "confident")]
-        rows.append([row["name"], row["n"], *fids, *shares])
+        rows.append([row["name"], row["fid_n"], *fids, *shares])
     head = ["", "n", "FID\\*", "unseen", "precision", "recall", "confident"]
     return markdown(head, rows)
 
@@ -79,23 +88,24 @@ def ld3_row(label, runs, nfe):
     return cells
 
 
-def mnist_ld3():
+def ld3(dataset):
     head = ["", "NFE", "seeds", "RMSE: best hand-made", "LD3", "ratio"]
     head += ["FID\\*: best hand-made", "LD3"]
     groups = {}
-    for run in read("mnist-ld3-*"):
+    for run in read(f"{dataset}-ld3-*") + read(f"{dataset}-compare/ld3-*"):
         options = run["config"]
         changed = [options[key] for key in ("objective", "times", "distance")]
         usual = ["soft", "decoupled", "l2"]
         label = ", ".join([options["solver"], *(c for c, u in zip(changed, usual) if c != u)])
-        groups.setdefault((label, options["nfe"]), []).append(run)
-    return markdown(head, [ld3_row(label, runs, nfe) for (label, nfe), runs in groups.items()])
+        groups.setdefault((label, options["nfe"]), {}).setdefault(run["seed"], run)
+    rows = [ld3_row(label, [*runs.values()], nfe) for (label, nfe), runs in sorted(groups.items())]
+    return markdown(head, rows)
 
 
-def mnist_dode():
+def dode(dataset):
     head = ["solver", "NFE", "seeds", "RMSE", "distilled", "ratio", "FID\\*", "distilled"]
     groups = {}
-    for run in read("mnist-dode-*"):
+    for run in read(f"{dataset}-dode*"):
         for nfe in run["config"]["nfe"]:
             for solver in run["config"]["solver"]:
                 groups.setdefault((nfe, solver), []).append(run)
@@ -112,21 +122,31 @@ def mnist_dode():
     return markdown(head, rows)
 
 
-def mnist_pd_cfd():
-    pd, longer, cfd = (read(f"mnist-{run}") for run in ("progressive", "progressive-300", "cfd"))
-    head = ["steps", "DDIM, cosine", "DDIM, EDM grid", "PD", "PD, 300 updates", "CFD"]
-    columns = [(pd, "ddim"), (pd, "ddim-edm"), (pd, "pd"), (longer, "pd"), (cfd, "cfd")]
+def pd_cfd(dataset, *longer):
+    """FID of few steps; `longer`: the updates per stage of further runs of PD."""
+    pd, cfd = [
+        [run for folder in ("compare/{}", "{}", "{}-seed*")
+         for run in read(f"{dataset}-{folder.format(name)}")]
+        for name in ("progressive", "cfd")
+    ]
+    head = ["steps", "DDIM, cosine", "DDIM, EDM grid", "PD", "CFD"]
+    columns = [(pd[:1], "ddim"), (pd[:1], "ddim-edm"), (pd, "pd"), (cfd, "cfd")]
+    for updates in longer:
+        head.insert(-1, f"PD, {updates} updates")
+        columns.insert(-1, (read(f"{dataset}-progressive-{updates}"), "pd"))
     rows = []
     for nfe in (8, 4, 2, 1):
-        rows.append([nfe, *(both(runs, name, nfe) for runs, name in columns)])
-    rows[0][-2:] = "", "(starts here)"
-    rows[2][-2] = rows[3][-2] = ""  # that run ends with 4 steps
-    rows.append(["35 (teacher)", both(pd, "teacher", 35), *[""] * 4])
+        cells = [both(runs, name, nfe) for runs, name in columns]
+        if nfe == 8:
+            cells[-1] = "(starts here)"
+        rows.append([nfe, *(c if c != "not run" else "" for c in cells)])
+    best = both(pd[:1], "teacher", 35)
+    rows.append(["35 (teacher)", best, *[""] * (len(head) - 2)])
     return markdown(head, rows)
 
 
-def mnist_cud():
-    runs = read("mnist-cud*")
+def cud(dataset):
+    runs = read(f"{dataset}-cud*")
     counts = (1, 2, 4, 8, 16)
     names = {
         "rectified flow": "rectified-flow",
@@ -138,8 +158,8 @@ def mnist_cud():
     return markdown(["evaluations", *counts], rows)
 
 
-def mnist_gdd():
-    runs = read("mnist-gdd*")
+def gdd(dataset):
+    runs = read(f"{dataset}-compare/distributional") + read(f"{dataset}-gdd*")
     rows = []
     for name, nfe in [
         ("ddim", 1), ("ddim", 5), ("ddim", 10), ("gdd", 1), ("gdd-i", 1), ("teacher", 35)
@@ -214,20 +234,75 @@ def composing():
     return markdown(["network evaluations", *COMPOSED_NFE], table)
 
 
-TABLES = (mnist_teacher, mnist_ld3, mnist_dode, mnist_pd_cfd, mnist_cud, mnist_gdd, composing)
+
+def readme_ld3():
+    """What `python ld3.py` prints."""
+    run, = read("digits-ld3-seed0")
+    columns = ["name", "nfe", "rmse_to_teacher", *METRICS]
+    rows = table(run["results"], columns, run.get("references"))
+    return "\n".join(f"    {line}".rstrip() for line in rows.splitlines())
+
+
+SIX = [  # file, notebook, arXiv, where its loss stands, what is learned, teacher?, network?, series
+    ("ld3", 1, "2405.15506", "trainer.py:216", "the time grid", "yes", "no", "LD3 (UniPC-3)"),
+    ("dode", 2, "2309.16421", "distilled_sampler.py:4", "a number a step", "yes", "no",
+     "D-ODE (DDIM)"),
+    ("progressive", 3, "2202.00512", "Eq. 2, Alg. 2", "2 steps in 1", "yes", "yes", "PD"),
+    ("cfd", 4, "2211.12039", "diffusion.py:256", "PD, in features", "yes", "yes", "CFD"),
+    ("cud", 5, "2305.10769", "flows.py:317", "a straighter flow", "no", "yes", "CUD"),
+    ("distributional", 6, "2405.20750", "loss.py:238", "a generator", "yes", "yes", "GDD-I"),
+]
+
+
+def readme_methods():
+    """One line a method: FID and cost are those of notebooks/results/digits-compare."""
+    compared = json.loads((RESULTS / "digits-compare" / "compare.json").read_text())["results"]
+    fids = {(row["label"], row["nfe"]): row["fid"] for row in compared}
+    head = ["file", "paper: its loss", "learns", "teacher?", "network?", "cost"]
+    head += [f"NFE {n}" for n in COUNTS]
+    rows = []
+    for name, place, arxiv, loss, learns, teacher, network, label in SIX:
+        notebook, = HERE.glob(f"{place}_*.ipynb")
+        file = f"[{name}.py]({name}.py) ([notebook](notebooks/{notebook.name}))"
+        loss = f"[{arxiv}](https://arxiv.org/abs/{arxiv}): {loss}"
+        costs = [row["cost"] for row in compared if row["label"] == label]
+        cost = f"{min(costs) / 1000:,.0f} k" + f" to {max(costs) / 1000:,.0f} k" * (
+            max(costs) > min(costs)
+        )
+        cells = [number(fids[label, n]) if (label, n) in fids else "" for n in COUNTS]
+        rows.append([file, loss, learns, teacher, network, cost, *cells])
+    baseline = "DDIM, cosine grid"
+    rows.append(["(DDIM)", *[""] * 5, *(number(fids[baseline, n]) for n in COUNTS)])
+    return markdown(head, rows)
+
+
+TABLES = {
+    "readme_ld3": readme_ld3,
+    "readme_methods": readme_methods,
+    "digits_ld3": partial(ld3, "digits"),
+    "digits_dode": partial(dode, "digits"),
+    "digits_pd_cfd": partial(pd_cfd, "digits"),
+    "digits_cud": partial(cud, "digits"),
+    "digits_gdd": partial(gdd, "digits"),
+    "mnist_teacher": partial(teacher, "mnist"),
+    "mnist_ld3": partial(ld3, "mnist"),
+    "mnist_dode": partial(dode, "mnist"),
+    "mnist_pd_cfd": partial(pd_cfd, "mnist", 300, 500),
+    "mnist_cud": partial(cud, "mnist"),
+    "mnist_gdd": partial(gdd, "mnist"),
+    "composing": composing,
+}
 
 
 def fill(text):
-    """RESULTS.md with every table made anew. Raises ValueError where one has no place."""
-    for make in TABLES:
-        mark = f"<!-- {make.__name__} -->\n"
-        before, found, rest = text.partition(mark)
-        _, end, after = rest.partition("<!-- end -->")
-        if not found or not end:
-            raise ValueError(f"RESULTS.md has no place {mark.strip()} ... <!-- end -->")
-        text = f"{before}{mark}\n{make()}\n\n{end}{after}"
-    return text
+    """A text with every table that it has a place for made anew. KeyError: an unknown table."""
+    parts = re.split(r"(<!-- \w+ -->\n)(.*?)(<!-- end -->)", text, flags=re.S)
+    for i in range(1, len(parts), 4):
+        name = parts[i].split()[1]
+        parts[i + 1] = f"\n{TABLES[name]()}\n\n"
+    return "".join(parts)
 
 
 if __name__ == "__main__":
-    TEXT.write_text(fill(TEXT.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in TEXTS:
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -20,12 +20,11 @@ from common.classifier import load_classifier
 from common.datasets import evenly, load_dataset, to_float, to_uint8
 from common.diffusion import noise_from_seeds, sigma_grid, with_labels
 from common.fid import (
-    Moments,
+    Evaluator,
+    Metrics,
     classifier_features,
     features_of,
-    frechet_distance,
     labels_for,
-    precision_recall,
     reference_moments,
 )
 from common.machinery.files import BAR, save_json
@@ -84,9 +83,14 @@ def main():
     device, why = pick_device(config.device)
     print(why)
     dataset, data_dir = config.dataset, config.data_dir
-    spaces = [classifier_features(dataset, device, data_dir, seed=seed) for seed in (0, 1)]
+    evaluator, unseen = (
+        Evaluator(space, reference_moments(dataset, space, data_dir)[:2])
+        for space in (classifier_features(dataset, device, data_dir, seed=k) for k in (0, 1))
+    )
     independent = load_classifier(dataset, device, INDEPENDENT, data_dir)
     train = load_dataset(dataset, "train", data_dir).images
+    unseen.real = features_of(evenly(train, 10_000), unseen.extractor)
+    evaluator.unseen = unseen
     kinds = {
         "samples": sample(
             load_teacher(config.teacher, dataset, device, data_dir), config.n, config.batch, device
@@ -95,18 +99,12 @@ def main():
     }
     rows = []
     for name, images in kinds.items():
-        row = {"name": name, "n": len(images)}
-        for space in spaces:
-            features = features_of(images, space)
-            moments = Moments(space.dim, device)
-            moments.add(features)
-            mu, cov, _ = reference_moments(dataset, space, data_dir)
-            row[f"fid {space.name}"] = frechet_distance(*moments.mean_cov(), mu, cov)
-        real = features_of(evenly(train, 10_000), spaces[1])
-        row["precision"], row["recall"] = precision_recall(real, features)
-        row["confident"] = (confidence(independent, images, device) > 0.9).double().mean().item()
-        rows.append(row)
-        print(row)
+        metrics = Metrics(evaluator, len(images))
+        for first in range(0, len(images), 250):
+            metrics.add(to_float(images[first : first + 250]), first)
+        share = (confidence(independent, images, device) > 0.9).double().mean().item()
+        rows.append({"name": name, **metrics.row(), "confident": share})
+        print(rows[-1])
     minutes = round((time.perf_counter() - started) / 60, 1)
     about = {"dataset": dataset, "sampler": "heun, 35 evaluations", "minutes": minutes}
     about["threads"] = torch.get_num_threads()

@@ -190,3 +190,18 @@ def test_your_method_notebook():
     rows = re.findall(r"^(ddim|shift) +5 +(\S+) +(\S+)$", printed, re.M)
     rmse, fid = ({name: float(row[i]) for name, *row in rows} for i in (0, 1))
     assert rmse["shift"] < 0.95 * rmse["ddim"] and fid["shift"] < 0.9 * fid["ddim"]
+
+
+@pytest.mark.slow
+def test_compare_notebook():
+    printed = execute("7_compare.ipynb")
+    pattern = r"^(.+), 4 evaluations: FID ([\d.]+), kept ([\d.]+)"
+    again = {name: (float(a), float(b)) for name, a, b in re.findall(pattern, printed, re.M)}
+    ours, kept = again["D-ODE (DDIM)"]  # a closed form: nothing to shorten
+    assert abs(ours - kept) < 0.01 * kept
+    ours, kept = again["LD3 (UniPC-3)"]  # 50 of 175 updates
+    assert kept / 1.5 < ours < 1.5 * kept
+    pattern = r"^([\w -]+?)(?: \(.+\))?: \d evaluations; pays from ([\d,]+)"
+    paid = dict(re.findall(pattern, printed, re.M))
+    assert int(paid["LD3"].replace(",", "")) < int(paid["PD"].replace(",", ""))
+    assert "GDD-I: never reaches that FID" in printed

@@ -14,8 +14,9 @@ import tables  # noqa: E402
 import teacher_quality  # noqa: E402
 
 
-def test_the_tables_are_those_of_the_files():
-    text = tables.TEXT.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", tables.TEXTS, ids=lambda path: path.name)
+def test_the_tables_are_those_of_the_files(path):
+    text = path.read_text(encoding="utf-8")
     assert tables.fill(text) == text, "run python notebooks/tables.py"
 
 
@@ -25,7 +26,7 @@ def ld3_run(folder, seed, hand_made, learned):
     rows.append({"name": "ld3", "nfe": 5, "rmse_to_teacher": learned, "fid": 1 + seed})
     options = {"solver": "unipc", "nfe": 5, "objective": "soft", "times": "decoupled"}
     folder.mkdir(parents=True)
-    metrics = {"config": {**options, "distance": "l2"}, "results": rows}
+    metrics = {"config": {**options, "distance": "l2"}, "seed": seed, "results": rows}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
@@ -33,7 +34,8 @@ def test_a_table_has_means_over_seeds_the_best_grid_and_the_ratio(tmp_path, monk
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     ld3_run(tmp_path / "mnist-ld3-seed0", 0, 0.8, 0.1)
     ld3_run(tmp_path / "mnist-ld3-seed1", 1, 0.8, 0.3)
-    last = tables.mnist_ld3().splitlines()[-1]
+    ld3_run(tmp_path / "mnist-compare" / "ld3-5", 1, 0.8, 0.9)  # the same once more
+    last = tables.ld3("mnist").splitlines()[-1]
     expected = [
         *("unipc", "5", "2", "0.400 (edm)", "0.200 ± 0.141", "0.50", "4.00 (uniform)"),
         "1.50 ± 0.707",
@@ -41,16 +43,17 @@ def test_a_table_has_means_over_seeds_the_best_grid_and_the_ratio(tmp_path, monk
     assert [cell.strip() for cell in last.strip("|").split("|")] == expected
 
 
-def test_what_has_no_file_is_not_run_and_a_table_needs_its_place(tmp_path, monkeypatch):
+def test_what_has_no_file_is_not_run_and_each_place_gets_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert "| CUD | not run | not run |" in tables.mnist_cud()
-    monkeypatch.setattr(tables, "TABLES", (tables.mnist_cud,))
+    table = tables.cud("mnist")
+    assert "| CUD | not run | not run |" in table
     place = "<!-- mnist_cud -->\nold\n<!-- end -->"
-    filled = tables.fill(f"before\n{place}\nafter")
+    filled = tables.fill(f"before\n{place}\nbetween\n{place}\nafter")
     assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter")
-    assert "old" not in filled and tables.mnist_cud() in filled and tables.fill(filled) == filled
-    with pytest.raises(ValueError, match="mnist_cud"):
-        tables.fill("no place")
+    assert "old" not in filled and filled.count(table) == 2 and tables.fill(filled) == filled
+    assert tables.fill("no place") == "no place"
+    with pytest.raises(KeyError, match="unknown"):
+        tables.fill("<!-- unknown -->\n<!-- end -->")
 
 
 def test_the_nearest_image_and_the_confidence():
@@ -72,7 +75,7 @@ def test_the_quality_of_the_digits_teacher(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     run_script(teacher_quality, monkeypatch, "--dataset", "digits", "--n", 200, "--out", out)
     samples, test = json.loads((out / "quality.json").read_text())["results"]
-    assert (samples["n"], test["n"]) == (200, 200) and (out / "nearest.png").exists()
+    assert (samples["fid_n"], test["fid_n"]) == (200, 200) and (out / "nearest.png").exists()
     for row in (samples, test):
         assert row["precision"] > 0.7 and row["recall"] > 0.7 and row["confident"] > 0.8
-        assert 0 < row["fid digits-classifier"] < 2
+        assert 0 < row["fid"] < 2

@@ -1,0 +1,98 @@
+"""README.md, RESULTS.md, CONTRIBUTING.md: links lead somewhere, commands exist, code runs."""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.machinery.options import parse_config
+
+ROOT = Path(__file__).parent.parent
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
+    "README.md", "RESULTS.md", "CONTRIBUTING.md"
+)}
+SCRIPTS = [ROOT / f"{n}.py" for n in ("ld3", "dode", "progressive", "cfd", "cud", "distributional")]
+
+
+def test_the_readme_is_short():
+    assert len(TEXTS["README.md"]) <= 9000
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_and_paths_lead_to_files(name):
+    text = TEXTS[name]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    paths = re.findall(r"`((?:common|tests|notebooks)/[\w/.-]+)`", text)
+    missing = [path for path in links + paths if not (ROOT / path).exists()]
+    assert not missing
+
+
+def commands(text):
+    """[(module, arguments)] of all lines `python ...`, in code blocks and in backquotes."""
+    lines = re.findall(r"^    (.+)$", text, re.M) + re.findall(r"`([^`\n]+)`", text)
+    found = []
+    for line in lines:
+        for part in line.partition("#")[0].split("&&"):
+            words = [w for w in part.split() if w not in ("I64", "...")]  # RESULTS.md explains I64
+            if words[:1] == ["torchrun"]:
+                words = ["python", *words[2:]]
+            if len(words) < 2 or words[0] != "python":
+                continue
+            if words[1] == "-m":
+                found.append((words[2], words[3:]))
+            elif words[1].endswith(".py"):
+                found.append((words[1].removesuffix(".py").replace("/", "."), words[2:]))
+    return found
+
+
+def all_commands():
+    docstrings = [ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in SCRIPTS]
+    texts = [*TEXTS.values(), *docstrings]
+    return sorted({(m, tuple(a)) for text in texts for m, a in commands(text)})
+
+
+ALL = all_commands()
+
+
+def test_the_commands_are_found():
+    assert ("ld3", ()) in ALL and ("common.compare", ()) in ALL and len(ALL) >= 40
+    assert ("progressive", ("--dataset", "imagenet64")) in [(m, a[:2]) for m, a in ALL]
+
+
+@pytest.mark.parametrize("module,arguments", ALL, ids=lambda x: x if isinstance(x, str) else None)
+def test_a_command_has_only_options_that_exist(module, arguments):
+    """The flags, and the types and choices of their values."""
+    if not arguments or arguments == ("--help",):
+        return
+    if module.startswith("notebooks."):
+        sys.path.append(str(ROOT / "notebooks"))
+        module = module.removeprefix("notebooks.")
+    script = importlib.import_module(module)
+    plain = type("Plain", (script.Config,), {"__post_init__": lambda self: None})
+    parse_config(plain, getattr(script, "PRESETS", {}), "", list(arguments))
+
+
+@pytest.mark.slow
+def test_the_first_command_prints_the_table_of_the_readme(tmp_path):
+    """On another machine rounding differs: the learned grid's numbers within a tenth."""
+    out = ["--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "ld3.py"), *out], capture_output=True, text=True, check=True
+    )
+    shown = re.search(r"<!-- readme_ld3 -->(.*?)<!-- end -->", TEXTS["README.md"], re.S)[1]
+    table = [line.split() for line in shown.splitlines() if line.startswith("    ")]
+    printed = [line.split() for line in done.stdout.splitlines()]
+    for row in table:
+        same = [line for line in printed if line[:2] == row[:2] and len(line) == len(row)]
+        assert len(same) == 1, row
+        numbers = [[float(x) for x in line[1:]] for line in (row, *same) if line[1] != "nfe"]
+        if numbers:
+            torch.testing.assert_close(*map(torch.tensor, numbers), rtol=0.1, atol=1e-3)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {row["name"] for row in metrics["results"]} <= {row[0] for row in table}
