@@ -20,7 +20,7 @@ Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):
  4. Checkpoints hold all of disc (theirs: without the random projections).
  5. A gradient that is not finite stops the run (theirs: replaced by 0 or +-1e5).
  6. Not here: hinge loss, teachers' targets, several steps.
-Digits: FID .69 +- .10 (GDD-I), .59 +- .09 (GDD); DDIM 10: 1.29. More: RESULTS.md
+Digits: FID .87 (GDD-I), .72 (GDD); DDIM with 10: 1.73. More: RESULTS.md
     python distributional.py                # digits, GDD-I: 5 min on one CPU core
     python distributional.py --freeze none  # GDD: all is trained
     python distributional.py --dataset cifar10 --teacher edm-cifar10-32x32-uncond-ve
