@@ -23,7 +23,7 @@ Differences from the paper and its code (D-ODE-Solvers, commit 6dc5a1c):
 5. D is the data (theirs: the noise where the network predicts it; here --output eps).
 6. DPM-Solver-2's inner level: the middle in log sigma (theirs: in VP time). DEIS integrates
    exactly (theirs: a Riemann sum). With odd --nfe, heun and dpm2 end with an Euler step.
-Result on digits, 5 NFE, RMSE to a fine trajectory: ddim .229 -> .176. More: RESULTS.md
+Result on digits, 4 NFE, RMSE to a fine trajectory: ddim .292 -> .222. More: RESULTS.md
     python dode.py                         # digits: 30 s
     python dode.py --lambdas lambdas.json  # measure those of an earlier run
 """

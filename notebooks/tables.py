@@ -105,7 +105,7 @@ def ld3(dataset):
 def dode(dataset):
     head = ["solver", "NFE", "seeds", "RMSE", "distilled", "ratio", "FID\\*", "distilled"]
     groups = {}
-    for run in read(f"{dataset}-dode*"):
+    for run in read(f"{dataset}-compare/dode") + read(f"{dataset}-dode*"):
         for nfe in run["config"]["nfe"]:
             for solver in run["config"]["solver"]:
                 groups.setdefault((nfe, solver), []).append(run)
