@@ -72,7 +72,7 @@ def networks():
     ]
 
 
-HARD = "--objective hard"  # takes less time, and is as good on digits (RESULTS.md)
+HARD = "--objective hard"  # takes less time
 
 
 def on_teacher(nfe, seed):
