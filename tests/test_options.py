@@ -200,6 +200,7 @@ def test_the_preset_of_a_folder_follows_machine_and_images(tmp_path, monkeypatch
     assert name("auto", 50_000) == ("folder-gpu" if there else "folder")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert name("auto", 50_000) == "folder-gpu" and name("auto", 300) == "folder"
+    assert name("cpu", 50_000) == "folder"
     assert preset_name(Config("digits", device="cuda"), both) == "digits"
     assert name("cuda", 50_000, {"folder": {}}) == "folder"
 
