@@ -471,7 +471,8 @@ def gdd_freezing(networks=(("digits", 512), ("NCSN++ of CIFAR-10", 2))):
             took, memory, trained = rows[-1]
             print(f"  {network:20s} batch {batch:3d} --freeze {freeze:5s} {took:7.3f} s", end="")
             print(f"  {memory:6.0f} MiB  {trained:12,.0f} trained")
-        took, memory, trained = (frozen / whole for whole, frozen in zip(*rows))
+        # A tiny network may need no memory beyond what the process has.
+        took, memory, trained = (frozen / whole if whole else 1 for whole, frozen in zip(*rows))
         print(f"  {'':20s} {'ratios':26s} {took:7.2f}    {memory:6.2f}      {trained:12.2f}")
 
 

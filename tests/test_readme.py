@@ -87,6 +87,7 @@ def test_the_first_command_prints_the_table_of_the_readme(tmp_path):
     )
     shown = re.search(r"<!-- readme_ld3 -->(.*?)<!-- end -->", TEXTS["README.md"], re.S)[1]
     table = [line.split() for line in shown.splitlines() if line.startswith("    ")]
+    table = [row for row in table if len(row) > 1 and (row[1].isdigit() or row[1] == "nfe")]
     printed = [line.split() for line in done.stdout.splitlines()]
     for row in table:
         same = [line for line in printed if line[:2] == row[:2] and len(line) == len(row)]
