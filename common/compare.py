@@ -130,7 +130,7 @@ def run_all(config):
 
 
 def collect(runs):
-    """[{"label", "nfe", "fid", "cost", "minutes", ...}], of all series that some run has."""
+    """[{"label", "nfe", "fid", "cost", "run", ...}], of all series that some run has."""
     rows = []
     for label, (method, name, _) in SERIES.items():
         for folder, metrics in runs.items():

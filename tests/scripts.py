@@ -1,8 +1,10 @@
 """What the tests of all scripts share: a run by its command line, and the refusal of bad input."""
 
 import pytest
+import torch
 
 from common import UsageError
+from common.machinery import run as run_module
 
 EVERYWHERE = [  # (arguments, what the refusal names), of any script
     (["--out", "FOREIGN"], ["--out", "foreign.pt"]),
@@ -31,3 +33,24 @@ def assert_refused(script, monkeypatch, tmp_path, arguments, names, **places):
     message = str(error.value)
     assert "\n" not in message and all(name in message for name in names), message
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def calls_under_bfloat16(monkeypatch, owner, *names):
+    """A list that fills with whether each call of owner's functions ran under autocast.
+
+    `Run.backward` gets bfloat16 on the CPU, as on a GPU.
+    """
+    seen = []
+
+    def watched(original):
+        def call(*arguments):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return original(*arguments)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    bfloat16 = torch.autocast("cpu", torch.bfloat16)
+    monkeypatch.setattr(run_module, "autocast", lambda device: bfloat16)
+    return seen

@@ -17,10 +17,9 @@ import cfd
 import progressive
 from common import UsageError
 from common.classifier import load_classifier
-from common.machinery import run as run_module
 from common.machinery.run import Run
 from common.teacher import load_teacher
-from scripts import assert_refused, run_script
+from scripts import assert_refused, calls_under_bfloat16, run_script
 from test_progressive import FILE, KEYS, Case, golden, student_parameters, tiny  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -232,20 +231,7 @@ def test_pd_first_then_features(tiny, tmp_path, monkeypatch):  # noqa: F811
 
 def test_losses_are_float32_where_others_use_bfloat16(tiny, tmp_path, monkeypatch):  # noqa: F811
     """test_progressive.py shows why."""
-    seen = []
-
-    def autocast(device):
-        return torch.autocast(device.type, torch.bfloat16)
-
-    for name in ("pd_loss", "cfd_loss"):
-        original = getattr(cfd, name)
-
-        def spy(*arguments, original=original):
-            seen.append(torch.is_autocast_enabled("cpu"))
-            return original(*arguments)
-
-        monkeypatch.setattr(cfd, name, spy)
-    monkeypatch.setattr(run_module, "autocast", autocast)
+    seen = calls_under_bfloat16(monkeypatch, cfd, "pd_loss", "cfd_loss")
     cfd.train(tiny_config(tiny, tmp_path, updates=1))
     assert seen == [False] * 4
 

@@ -16,14 +16,13 @@ import torch
 import dode
 from common import UsageError
 from common.diffusion import Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
-from common.machinery import run as run_module
 from common.machinery.run import Run
 from common.machinery.schedule import save_schedule
 from common.solvers import TWO_EVALUATIONS, euler, heun, ipndm
 from common.teacher import load_teacher
 from common.unet import ddpmpp
 from dode import SOLVERS, Stage
-from scripts import EVERYWHERE, assert_refused, run_script
+from scripts import EVERYWHERE, assert_refused, calls_under_bfloat16, run_script
 from toy import Toy, five_blobs
 
 ROOT = Path(__file__).parent.parent
@@ -433,16 +432,9 @@ def toy_config(tmp_path, **options):
 def test_the_fit_is_float32_where_others_use_bfloat16(toy, tmp_path, monkeypatch):
     """Measured in bfloat16 on digits: ddim's and ipndm's lambdas leave the RMSE as it is; heun's,
     where D hardly changes, do not: .23 with float32's, .31 with bfloat16's at 5 evaluations."""
-    monkeypatch.setattr(run_module, "autocast", lambda d: torch.autocast("cpu", torch.bfloat16))
-    seen, forward = set(), toy.forward
-
-    def spy(*arguments):
-        seen.add(torch.is_autocast_enabled("cpu"))
-        return forward(*arguments)
-
-    monkeypatch.setattr(toy, "forward", spy)
+    seen = calls_under_bfloat16(monkeypatch, toy, "forward")
     dode.fit(toy_config(tmp_path, nfe=3), teacher=toy)
-    assert seen == {False}
+    assert set(seen) == {False}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

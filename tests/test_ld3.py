@@ -10,12 +10,11 @@ import torch
 
 import ld3
 from common.diffusion import Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
-from common.machinery import run as run_module
 from common.machinery.run import Run
 from common.machinery.schedule import save_schedule
 from common.solvers import SOLVERS, dpmpp, ipndm, unipc
 from common.unet import ddpmpp
-from scripts import EVERYWHERE, assert_refused, run_script
+from scripts import EVERYWHERE, assert_refused, calls_under_bfloat16, run_script
 from toy import five_blobs
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "ld3_schedule.npz")
@@ -235,16 +234,9 @@ def test_checkpointing_changes_memory_only(toy, tmp_path):
 def test_the_fit_is_float32_where_others_use_bfloat16(toy, tmp_path, monkeypatch):
     """Measured in bfloat16 on digits, 4 to 10 evaluations: theta's gradient has cosine .999 to
     float32's, the latents' .998, and the loss is up to 4 % too large."""
-    monkeypatch.setattr(run_module, "autocast", lambda d: torch.autocast("cpu", torch.bfloat16))
-    seen, forward = set(), toy.forward
-
-    def spy(*arguments):
-        seen.add(torch.is_autocast_enabled("cpu"))
-        return forward(*arguments)
-
-    monkeypatch.setattr(toy, "forward", spy)
+    seen = calls_under_bfloat16(monkeypatch, toy, "forward")
     learn(toy_config(tmp_path, steps=2), toy)
-    assert seen == {False}
+    assert set(seen) == {False}
 
 
 def saved_latents(folder):

@@ -18,12 +18,11 @@ import progressive
 from common import UsageError
 from common.datasets import Stream, load_dataset
 from common.diffusion import Denoiser, GaussianMixture, expand, sigma_grid, v_from_x0
-from common.machinery import run as run_module
 from common.machinery.run import Run
 from common.solvers import euler
 from common.teacher import load_teacher, save_teacher
 from common.unet import ddpmpp
-from scripts import assert_refused, run_script
+from scripts import assert_refused, calls_under_bfloat16, run_script
 
 ROOT = Path(__file__).parent.parent
 FILE = np.load(ROOT / "tests" / "golden" / "pd_cfd.npz")
@@ -539,17 +538,7 @@ def test_bfloat16_loses_the_gradient_at_many_steps():
 
 
 def test_losses_are_float32_where_others_use_bfloat16(tiny, tmp_path, monkeypatch):
-    seen, original = [], progressive.pd_loss
-
-    def spy(*arguments):
-        seen.append(torch.is_autocast_enabled("cpu"))
-        return original(*arguments)
-
-    def autocast(device):
-        return torch.autocast(device.type, torch.bfloat16)
-
-    monkeypatch.setattr(progressive, "pd_loss", spy)
-    monkeypatch.setattr(run_module, "autocast", autocast)
+    seen = calls_under_bfloat16(monkeypatch, progressive, "pd_loss")
     progressive.train(tiny_config(tiny, tmp_path, updates=1))
     assert seen == [False] * 4
 
