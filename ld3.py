@@ -211,13 +211,14 @@ def train(config, run, teacher, distance):
     radius = config.radius * torch.Size(teacher.net.img_shape).numel() / config.n**2
 
     # Training, then validation latents; the evaluation has the seeds 0, 1, 2, ...
-    seeds = torch.arange(config.train_n + config.valid_n) + 10**6 * (config.seed + 1)
+    rows = torch.arange(config.train_n + config.valid_n, device=run.device)
+    seeds = rows + 10**6 * (config.seed + 1)
     origin = noise_from_seeds(seeds, teacher.net.img_shape, run.device)  # (M, C, H, W)
 
     def model(i):
         return with_labels(teacher, labels_for(seeds[i], teacher.net.label_dim, run.device))
 
-    parts = torch.arange(len(seeds)).split(config.eval_batch)
+    parts = rows.split(config.eval_batch)
     target = torch.cat([teacher_samples(config, model(i), origin[i]) for i in parts])
 
     def loss_fn(latents, i):
@@ -229,24 +230,24 @@ def train(config, run, teacher, distance):
 
     @torch.no_grad()
     def validate():
-        parts = torch.arange(config.train_n, len(seeds)).split(config.eval_batch)
+        parts = rows[config.train_n :].split(config.eval_batch)
         return torch.cat([loss_fn(origin[i], i) for i in parts]).double().mean().item()
 
     optimizer1 = torch.optim.RMSprop([grid.theta1], config.lr1, momentum=0.9)
     optimizer2 = torch.optim.SGD([grid.theta2], config.lr2 / config.n)
     state = State(latents=origin[: config.train_n].clone(), lr_latent=config.lr_latent / config.n)
-    vars(state).update(moved=0, best=copy.deepcopy(grid.state_dict()), loss=validate(), bad=0)
+    vars(state).update(moved=origin.new_zeros(()), loss=validate(), bad=0)
+    state.best = copy.deepcopy(grid.state_dict())
     run.resume(grid=grid, optimizer1=optimizer1, optimizer2=optimizer2, state=state)
     batches = config.train_n // config.batch_size
     for step in run.steps(config.steps, "learning the grid"):
-        generator = torch.Generator().manual_seed(config.seed * 10**6 + step // batches)
-        order = torch.randperm(config.train_n, generator=generator)
+        rng = torch.Generator().manual_seed(config.seed * 10**6 + step // batches)
+        order = torch.randperm(config.train_n, generator=rng).to(run.device, non_blocking=True)
         i = order[step % batches * config.batch_size :][: config.batch_size]
         latents = state.latents[i].requires_grad_(config.objective == "soft")
         losses = loss_fn(latents, i)  # (B,)
         run.loss = losses.mean()
-        optimizer1.zero_grad()
-        optimizer2.zero_grad()
+        grid.zero_grad()
         run.loss.backward()
         for theta in grid.parameters():
             nn.utils.clip_grad_norm_(theta, 1.0)
@@ -259,10 +260,10 @@ def train(config, run, teacher, distance):
                 moved = project(latents - state.lr_latent * latents.grad, origin[i], radius)
                 better = loss_fn(moved, i) < losses
                 state.latents[i] = torch.where(better.view(-1, 1, 1, 1), moved, latents)
-                state.moved += int(better.sum())
-            if (step + 1) % batches == 0:  # a round is over: halve the rate if no latent moved
+                state.moved += better.sum()
+            if (step + 1) % batches == 0:  # a round is over: halve the rate if none moved
                 state.lr_latent /= 1 if state.moved else 2
-                state.moved = 0
+                state.moved.zero_()
 
         if (step + 1) % 5 == 0 or step + 1 == config.steps:
             loss = validate()
