@@ -63,13 +63,16 @@ def _slope(denoiser, x, sigma):
     return (x - denoiser(x, sigma)).div_(sigma)
 
 
-def _sum(weights, terms):
-    """sum_j weights[j] terms[j], one pass over memory a term: every step is such a sum."""
+def _sum(x, weights, terms, ratio=None):
+    """ratio x + sum_j weights[j] terms[j], one pass over memory a term: every step is such a sum.
+
+    In place after the first pass: a new tensor takes twice the time.
+    """
     first, *others = zip(weights, terms)
-    total = first[0] * first[1]
+    x = torch.addcmul(x, *first) if ratio is None else (ratio * x).addcmul_(*first)
     for weight, term in others:
-        total.addcmul_(weight, term)  # in place: half the time of a new tensor
-    return total
+        x.addcmul_(weight, term)
+    return x
 
 
 # ----------------------------------------------------------------------- one-step solvers
@@ -98,8 +101,9 @@ def heun(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
         h = s[i + 1] - s[i]
         slope = _slope(denoiser, x, net[i])
         if above_zero[i + 1]:
-            slope = (slope + _slope(denoiser, x + h * slope, net[i + 1])) / 2
-        x = x + h * slope
+            x_euler = torch.addcmul(x, h, slope)
+            slope, h = _slope(denoiser, x_euler, net[i + 1]).add_(slope), h / 2
+        x = torch.addcmul(x, h, slope)
         callback(i + 1, x)
     return x
 
@@ -143,7 +147,7 @@ def ipndm(denoiser, x, sigmas, *, sigmas_net=None, order=4, callback=None):
     for i in range(len(s) - 1):
         slopes = [_slope(denoiser, x, net[i]), *slopes[: order - 1]]
         weights = [(s[i + 1] - s[i]) * c for c in ADAMS_BASHFORTH[len(slopes)]]
-        x = _sum([1, *weights], [x, *slopes])
+        x = _sum(x, weights, slopes)
         callback(i + 1, x)
     return x
 
@@ -180,7 +184,7 @@ def deis(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
                 if k != j:
                     lagrange = lagrange * (tau - times[k]) / (times[j] - times[k])
             integrals.append(lagrange.sum())
-        x = _sum([1, *integrals], [x, *slopes])
+        x = _sum(x, integrals, slopes)
         callback(i + 1, x)
     return x
 
@@ -220,7 +224,7 @@ def dpmpp(denoiser, x, sigmas, *, sigmas_net=None, order=3, callback=None):
                 d1 = d1 + (d1 - d1_old) * h1 / (h1 + h2)
                 phi2 = phi1 / h + 1
                 weights = weights + phi2 * d1 - (phi2 / h - 0.5) * d2
-        x = _sum([ratio, *weights[:k]], [x, *x0s])
+        x = _sum(x, weights[:k], x0s, ratio)
         callback(i + 1, x)
     return x
 
@@ -249,7 +253,7 @@ def _unipc_weights(r, hh):
 def _unipc_sum(x, x0s, ratio, weights, r):
     """ratio x + (1 - ratio) x0s[0] - sum_j weights_j (x0s[j] - x0s[0]) / r_j."""
     parts = [-weight / r_j for weight, r_j in zip(weights, r)]
-    return _sum([ratio, 1 - ratio - sum(parts), *parts], [x, *x0s])
+    return _sum(x, [1 - ratio - sum(parts), *parts], x0s, ratio)
 
 
 def unipc(denoiser, x, sigmas, *, sigmas_net=None, order=3, variant="bh1", callback=None):

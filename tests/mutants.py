@@ -21,9 +21,9 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
     ("common/solvers.py", "test_solvers"): [
         ("(s[i] - s[i + 1]) / net[i])", "(s[i + 1] - s[i]) / net[i])"),
         ("(x - denoiser(x, sigma)).div_(sigma)", "(denoiser(x, sigma) - x).div_(sigma)"),
-        ("total.addcmul_(weight, term)", "total.addcmul_(weight.detach(), term)"),
-        ("x + h * slope, net[i + 1])", "x + h * slope, net[i])"),
-        ("(slope + _slope(denoiser, x + h", "(slope - _slope(denoiser, x + h"),
+        ("x.addcmul_(weight, term)", "x.addcmul_(weight.detach(), term)"),
+        ("_slope(denoiser, x_euler, net[i + 1])", "_slope(denoiser, x_euler, net[i])"),
+        (".add_(slope), h / 2", ".sub_(slope), h / 2"),
         ("(net[i] * net[i + 1]).sqrt()", "(net[i] + net[i + 1]) / 2"),
         ("3: (23 / 12, -16 / 12, 5 / 12)", "3: (23 / 12, -16 / 12, 4 / 12)"),
         ("k = min(len(x0s), n - i)", "k = len(x0s)"),
