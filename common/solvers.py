@@ -97,8 +97,7 @@ def heun(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
     """
     x, s, net, callback = _start("heun", order, x, sigmas, sigmas_net, callback)
     above_zero = _above_zero(sigmas)
-    for i in range(len(s) - 1):
-        h = s[i + 1] - s[i]
+    for i, h in enumerate(s.diff()):
         slope = _slope(denoiser, x, net[i])
         if above_zero[i + 1]:
             x_euler = torch.addcmul(x, h, slope)
@@ -144,9 +143,9 @@ def ipndm(denoiser, x, sigmas, *, sigmas_net=None, order=4, callback=None):
     """
     x, s, net, callback = _start("ipndm", order, x, sigmas, sigmas_net, callback)
     slopes = []  # newest first
-    for i in range(len(s) - 1):
+    for i, h in enumerate(s.diff()):
         slopes = [_slope(denoiser, x, net[i]), *slopes[: order - 1]]
-        weights = [(s[i + 1] - s[i]) * c for c in ADAMS_BASHFORTH[len(slopes)]]
+        weights = [h * c for c in ADAMS_BASHFORTH[len(slopes)]]
         x = _sum(x, weights, slopes)
         callback(i + 1, x)
     return x
