@@ -812,7 +812,7 @@ FILES = {
         (["--fit-n", "0"], ["--fit-n 0"]),
         (["--fit-batch", "0"], ["--fit-batch 0"]),
         (["--reference-nfe", "1"], ["--reference-nfe 1"]),
-        (["--sigma-min", "90"], ["90", "decrease"]),
+        (["--sigma-min", "90"], ["--sigma-min 90", "below --sigma-max 80"]),
         (["--sigma-min", "0"], ["--sigma-min 0"]),
         (["--teacher", "nowhere.pt"], ["nowhere.pt"]),
         (["--teacher", "FOREIGN"], ["foreign.pt"]),

@@ -405,7 +405,7 @@ def test_schedule_is_what_diffusers_takes(tmp_path):
         (["--nfe", "-3"], ["--nfe -3"]),
         (["--nfe", "five"], ["--nfe", "five"]),
         (["--solver", "heun", "--nfe", "5"], ["--nfe 5", "4 or 6"]),
-        (["--sigma-min", "90"], ["90", "decrease"]),
+        (["--sigma-min", "90"], ["--sigma-min 90", "below --sigma-max 80"]),
         (["--batch-size", "0"], ["--batch-size 0"]),
         (["--teacher", "nowhere.pt"], ["nowhere.pt"]),
         (["--teacher", "FOREIGN"], ["foreign.pt"]),

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from common.machinery.options import parse_config
+from test_house import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
     "README.md", "RESULTS.md", "CONTRIBUTING.md"
 )}
-SCRIPTS = [ROOT / f"{n}.py" for n in ("ld3", "dode", "progressive", "cfd", "cud", "distributional")]
 
 
 def test_the_readme_is_short():
@@ -52,7 +52,8 @@ def commands(text):
 
 
 def all_commands():
-    docstrings = [ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in SCRIPTS]
+    sources = [(ROOT / f"{name}.py").read_text(encoding="utf-8") for name in SCRIPTS]
+    docstrings = [ast.get_docstring(ast.parse(source)) for source in sources]
     texts = [*TEXTS.values(), *docstrings]
     return sorted({(m, tuple(a)) for text in texts for m, a in commands(text)})
 

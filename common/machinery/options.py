@@ -185,6 +185,9 @@ def complete(config, presets, smoke):
                 setattr(config, field.name, value)
             for part in value if isinstance(value, tuple) else (value,):
                 _check(field, part)
+    if hasattr(config, "sigma_min"):
+        right = f"must be below --sigma-max {config.sigma_max}"
+        require(config.sigma_min < config.sigma_max, "sigma_min", config.sigma_min, right)
 
 
 def _check(field, value):

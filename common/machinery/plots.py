@@ -1,4 +1,6 @@
 """The pictures a run leaves behind, as PNG: rows of images, curves, time grids. Rank 0 writes."""
+import itertools
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
@@ -6,7 +8,7 @@ from matplotlib.ticker import LogFormatter
 from common.machinery.files import atomic_write
 from common.machinery.ranks import rank_and_world
 
-# One colour for a method in every picture (Okabe & Ito); baselines are gray.
+# One colour for a method in every picture (Okabe & Ito); all others are gray, as baselines.
 COLORS = {
     "teacher": "black", "ld3": "#0072b2", "d-ode": "#e69f00", "pd": "#009e73", "cfd": "#cc79a7",
     "cud": "#d55e00", "gdd": "#56b4e9", "gdd-i": "#8c6bb1",
@@ -119,7 +121,7 @@ def save_fid_curves(path, rows, title=""):
     The teacher's best, with many more evaluations, is a line across the plot.
     """
     curves, references = {}, {}
-    grays = iter(("0.4", "0.6", "0.75", "0.85"))
+    grays = itertools.cycle(("0.4", "0.6", "0.75", "0.85"))
     for row in rows:
         if row["name"] == "teacher":
             references[f"teacher ({row['nfe']} evaluations)"] = row["fid"]
