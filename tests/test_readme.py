@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from common.machinery.options import parse_config
 from test_house import SCRIPTS
@@ -79,22 +81,66 @@ def test_a_command_has_only_options_that_exist(module, arguments):
     parse_config(plain, getattr(script, "PRESETS", {}), "", list(arguments))
 
 
+def run_in(folder, command):
+    """`python COMMAND` in that folder, as a user would; what it prints."""
+    script, *arguments = command.split()
+    words = ["-m", *arguments] if script == "-m" else [str(ROOT / script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_the_first_command_prints_the_table_of_the_readme(tmp_path):
     """On another machine rounding differs: the learned grid's numbers within a tenth."""
-    out = ["--out", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "ld3.py"), *out], capture_output=True, text=True, check=True
-    )
+    printed = [line.split() for line in run_in(tmp_path, "ld3.py").splitlines()]
     shown = re.search(r"<!-- readme_ld3 -->(.*?)<!-- end -->", TEXTS["README.md"], re.S)[1]
     table = [line.split() for line in shown.splitlines() if line.startswith("    ")]
     table = [row for row in table if len(row) > 1 and (row[1].isdigit() or row[1] == "nfe")]
-    printed = [line.split() for line in done.stdout.splitlines()]
     for row in table:
         same = [line for line in printed if line[:2] == row[:2] and len(line) == len(row)]
         assert len(same) == 1, row
         numbers = [[float(x) for x in line[1:]] for line in (row, *same) if line[1] != "nfe"]
         if numbers:
             torch.testing.assert_close(*map(torch.tensor, numbers), rtol=0.1, atol=1e-3)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "runs" / "ld3-digits" / "metrics.json").read_text())
     assert {row["name"] for row in metrics["results"]} <= {row[0] for row in table}
+
+
+@pytest.mark.slow
+def test_another_command_of_the_readme_repeats_a_kept_result(tmp_path):
+    run_in(tmp_path, "ld3.py --solver dpmpp --nfe 8")
+    kept = ROOT / "notebooks" / "results" / "digits-ld3-dpmpp-nfe8" / "metrics.json"
+    again = tmp_path / "runs" / "ld3-digits" / "metrics.json"
+    for old, new in zip(*(json.loads(path.read_text())["results"] for path in (kept, again))):
+        assert old["name"] == new["name"]
+        for key in ("rmse_to_teacher", "fid"):
+            assert new[key] == pytest.approx(old[key], rel=0.1, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_longer_commands_of_the_readme_work_one_after_the_other(tmp_path):
+    """With --smoke, where that leaves away what the next one needs, with a word more."""
+    more = {
+        "progressive.py": "--from-steps 8",
+        "progressive.py --dataset folder --data-dir my-images":
+            "--teacher runs/teacher-my-images/teacher.pt",
+    }
+    (tmp_path / "my-images").mkdir()
+    for k, pixels in enumerate(torch.randint(256, (24, 16, 16, 3), dtype=torch.uint8).numpy()):
+        Image.fromarray(pixels).save(tmp_path / "my-images" / f"{k}.png")
+    laptop, own = (
+        re.search(f"{first}.*?(?={last})", TEXTS["README.md"], re.S)[0]
+        for first, last in (("\\*a laptop", "one GPU"), ("\\*Images", "Teacher"))
+    )
+    done = []
+    for module, arguments in commands(laptop + own):
+        script = f"-m {module}" if "." in module else f"{module}.py"
+        command = " ".join([script, *arguments])
+        if command not in ("ld3.py --help", "ld3.py --solver dpmpp --nfe 8"):
+            run_in(tmp_path, f"{command} {more.get(command, '')} --smoke")
+            done.append(command)
+    assert len(done) == 7
