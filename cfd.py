@@ -48,7 +48,7 @@ from common.machinery.run import Run
 from common.solvers import euler, heun
 from common.teacher import check_classes, load_student, load_teacher, save_teacher
 
-# ------------------------------------------------------------------------------------ the method
+# --- the method
 
 
 def cfd_loss(classifier, x0_hat, target, tau, beta, gamma):
@@ -113,7 +113,7 @@ def plan(first, last, updates):
     return [(n, updates * (2 if n <= 2 else 1)) for n in reversed(counts)]
 
 
-# -------------------------------------------------------------------------------------- options
+# --- options
 
 CLASSIFIERS = (
     "own", "imagenet-resnet18", "imagenet-resnet50", "imagenet-densenet121", "imagenet-densenet201"
@@ -185,7 +185,7 @@ PRESETS = {
 SMOKE = dict(from_steps=4, cfd_from=2, updates=2, batch_size=4, eval_n=32, eval_batch=32)
 
 
-# ---------------------------------------------------------------------------------- classifiers
+# --- classifiers
 
 
 class ImageNetFeatures(nn.Module):
@@ -215,7 +215,7 @@ def make_classifier(config, device):
     return ImageNetFeatures(config.classifier.removeprefix("imagenet-")).to(device)
 
 
-# ------------------------------------------------------------------------------------- training
+# --- training
 
 
 def stages_of(config):
@@ -275,7 +275,7 @@ def train(config, run=None, teacher=None, classifier=None):
     return student
 
 
-# ----------------------------------------------------------------------------------- evaluation
+# --- evaluation
 
 
 def make_samplers(config, teacher, students):

@@ -48,7 +48,7 @@ from common.machinery.schedule import load_schedule, save_schedule
 from common.solvers import ORDERS, SOLVERS, steps_for, unipc
 from common.teacher import load_teacher
 
-# ---- the method
+# --- the method
 
 
 class TimeGrid(nn.Module):
@@ -122,7 +122,7 @@ def teacher_samples(config, denoiser, noise):
     return unipc(denoiser, config.sigma_max * noise, sigmas, order=3)
 
 
-# ---- options
+# --- options
 
 
 @dataclass
@@ -199,7 +199,7 @@ def make_distance(config, device):
     return lambda x, y: vgg(*(z.float().expand(-1, 3, -1, -1) for z in (x, y))).flatten()
 
 
-# ---- training
+# --- training
 
 
 def train(config, run, teacher, distance):

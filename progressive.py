@@ -44,7 +44,7 @@ from common.machinery.run import Run
 from common.solvers import euler, heun
 from common.teacher import check_classes, load_student, load_teacher, save_teacher
 
-# ------------------------------------------------------------------------------------ the method
+# --- the method
 
 
 def stage_levels(n, sigma_max):
@@ -122,7 +122,7 @@ def plan(first, last, updates):
     return [(n, updates * (2 if n <= 2 else 1)) for n in reversed(counts)]
 
 
-# -------------------------------------------------------------------------------------- options
+# --- options
 
 
 @dataclass
@@ -185,7 +185,7 @@ PRESETS = {
 SMOKE = dict(from_steps=4, updates=2, batch_size=4, eval_n=32, eval_batch=32)
 
 
-# ------------------------------------------------------------------------------------- training
+# --- training
 
 
 def make_student(teacher, prediction="edm"):
@@ -277,7 +277,7 @@ def train(config, run=None, teacher=None):
     return student
 
 
-# ----------------------------------------------------------------------------------- evaluation
+# --- evaluation
 
 
 def make_samplers(config, teacher, students):

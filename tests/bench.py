@@ -7,6 +7,7 @@ python tests/bench.py tiny      # every part with tiny networks: shows that they
 
 One table: each row is a ratio of two times, taken alternately in this run, and its minimum,
 median and maximum; below 1 ours is faster. `limit`: what the hardware allows, measured here.
+notebooks/results/bench-cpu/bench.txt is its output on two idle cores (2> /dev/null: no bars).
 Parts: unet, solver, frechet (beside diffusers and scipy), data (beside a DataLoader), method (a
 training step over the bare network passes in it), layout, memory (of LD3), freeze (GDD's frozen
 convolutions); on a GPU: step (a training step), fit (LD3 and D-ODE). Without a part: all that
@@ -153,7 +154,8 @@ UNETS = {  # channels, size, widths, blocks, resolutions with attention; batch
 def unets(device, names=tuple(UNETS), repeats=9):
     """Forward, and forward and backward, beside diffusers' UNet2DModel: time per FLOP."""
     rate = matmul_rate(torch.float32, device, 1024)
-    head(f"U-Net / diffusers, time per FLOP (float32 product: {rate / 1e9:.0f} GFLOP/s)")
+    print(f"a float32 product of 1024 x 1024 matrices: {rate / 1e9:.0f} GFLOP/s")
+    head("U-Net / diffusers, time per FLOP")
     for name in names:
         channels, size, widths, blocks, attention, batch = UNETS[name]
         shape, base = (channels, size, size), min(widths[0], 128)
@@ -165,8 +167,8 @@ def unets(device, names=tuple(UNETS), repeats=9):
         costs = [flops(make, shape) for make in (ours, theirs)]
         nets = [make().to(device).to(memory_format=torch.channels_last) for make in (ours, theirs)]
         counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in nets]
-        about = f"{counts[0]:.2f} M, {costs[0] / 1e9:.3f} GFLOP; theirs "
-        about += f"{counts[1]:.2f} M, {costs[1] / 1e9:.3f} GFLOP"
+        about = [f"{n:.2f} M parameters, {c / 1e9:.3f} GFLOP" for n, c in zip(counts, costs)]
+        print(f"  {name}: {about[0]} an image; diffusers {about[1]}")
         x, t = torch.randn(batch, *shape, device=device), torch.ones(batch, device=device)
 
         def forward(net, x=x, t=t):
@@ -181,7 +183,7 @@ def unets(device, names=tuple(UNETS), repeats=9):
             calls = [functools.partial(run, net) for net in nets]
             ratios, took = compare(*calls, repeats, costs[1] / costs[0])
             share = passes * batch * costs[0] / took / rate
-            show(f"{name}, batch {batch}, {kind}", ratios, f"{100 * share:.0f} % of it; {about}")
+            show(f"{name}, batch {batch}, {kind}", ratios, f"{100 * share:.0f} % of that product")
 
 
 SCHEDULERS = [
@@ -255,7 +257,7 @@ def frechet(sizes=(64, 512, 2048), repeats=3):
         ratios, took = compare(ours, theirs, repeats)
         product = 2 * n**3 / matmul_rate(torch.float64, "cpu", n)
         difference = abs(found[0] / found[1] - 1)
-        limit = f"{took / product:.1f} products of such matrices; differs by {difference:.0e}"
+        limit = f"{took / product:.1f} such products; differs by {difference:.0e}"
         show(f"{n} features", ratios, limit)
 
 
