@@ -234,7 +234,6 @@ def composing():
     return markdown(["network evaluations", *COMPOSED_NFE], table)
 
 
-
 def readme_ld3():
     """What `python ld3.py` prints."""
     run, = read("digits-ld3-seed0")
@@ -276,6 +275,20 @@ def readme_methods():
     return markdown(head, rows)
 
 
+def bench():
+    """The ratios of `python tests/bench.py > notebooks/results/bench-cpu/bench.txt`."""
+    number = r" +(\d+\.\d+)"
+    title, rows = "", []
+    for line in (RESULTS / "bench-cpu" / "bench.txt").read_text().splitlines():
+        if found := re.match(r"(\S.*?) +min +median +max", line):
+            title = found[1]
+        elif found := re.match(rf"  (\S.*?){3 * number} *(.*)", line):
+            name, low, middle, high, limit = found.groups()
+            rows.append([f"{title}: {name}" if title else name, middle, f"{low} to {high}", limit])
+            title = ""
+    return markdown(["", "median", "range", "limit"], rows)
+
+
 TABLES = {
     "readme_ld3": readme_ld3,
     "readme_methods": readme_methods,
@@ -291,6 +304,7 @@ TABLES = {
     "mnist_cud": partial(cud, "mnist"),
     "mnist_gdd": partial(gdd, "mnist"),
     "composing": composing,
+    "bench": bench,
 }
 
 

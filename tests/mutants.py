@@ -358,10 +358,9 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("        optimizer1.step()\n", ""),
         ("            optimizer2.step()\n", "            pass\n"),
         ("optimizer2=optimizer2, state=state)", "optimizer2=optimizer2)"),
-        (
-            "order = torch.randperm(config.train_n, generator=generator)",
-            "order = torch.arange(config.train_n)",
-        ),
+        ("torch.randperm(config.train_n, generator=rng)", "torch.arange(config.train_n)"),
+        ("        grid.zero_grad()\n", ""),
+        ("state.moved.zero_()", "pass"),
         ("+ step // batches)", "+ step)"),
         ("if state.bad == 5:", "if state.bad == 2:"),
         ('max(0.8 * group["lr"], floor)', 'max(1.0 * group["lr"], floor)'),

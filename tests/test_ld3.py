@@ -320,6 +320,22 @@ def test_the_rate_of_the_latents_is_halved_after_a_round_without_a_move(toy, tmp
     assert state["lr_latent"] == -2.0 / 4 / 2**3
 
 
+def test_the_rate_of_latents_is_halved_again_once_they_have_stopped(toy, tmp_path, monkeypatch):
+    """They move in the first of three rounds of four batches, and stand still in the others."""
+    original, calls = ld3.project, []
+
+    def spy(moved, origin, radius):
+        calls.append(1)
+        return original(moved, origin, radius) if len(calls) <= 4 else origin
+
+    monkeypatch.setattr(ld3, "project", spy)
+    config = toy_config(tmp_path, steps=12, radius=0.2)
+    config.lr1, config.lr2, config.lr_latent = 0.0, 0.0, 2.0  # the grid stands still
+    learn(config, toy)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["state"]
+    assert state["lr_latent"] == 2.0 / 4 / 2**2
+
+
 def test_the_two_gradients_are_clipped_apart(toy, tmp_path, monkeypatch):
     """theta2's gradient must not shorten theta1's step, least of all while theta2 is frozen."""
     clipped = []
