@@ -146,15 +146,27 @@ def pd_cfd(dataset, *longer):
 
 
 def cud(dataset):
-    runs = read(f"{dataset}-cud*")
+    """Shorter trainings first."""
     counts = (1, 2, 4, 8, 16)
     names = {
         "rectified flow": "rectified-flow",
         "rectified flow, equal compute": "rectified-flow-equal-compute",
         "CUD": "cud",
+        "CUD's one-step student": "cud-1step",
     }
-    rows = [[label, *(both(runs, name, n) for n in counts)] for label, name in names.items()]
-    rows.append(["CUD's one-step student", both(runs, "cud-1step", 1), "", "", "", ""])
+    groups = {}
+    for run in read(f"{dataset}-cud*"):
+        groups.setdefault(run["config"]["steps"], []).append(run)
+    rows = []
+    for steps, runs in sorted(groups.items()) or [(0, [])]:
+        for label, name in names.items():
+            of_one = name == "cud-1step"
+            cells = [both(runs, name, n) for n in (counts[:1] if of_one else counts)]
+            cells += [""] * (len(counts) - len(cells))
+            if len(groups) < 2:
+                rows.append([label, *cells])
+            elif cells[0] != "not run":
+                rows.append([f"{label} ({steps:,})", *cells])
     return markdown(["evaluations", *counts], rows)
 
 
