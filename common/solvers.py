@@ -100,9 +100,9 @@ def heun(denoiser, x, sigmas, *, sigmas_net=None, order=2, callback=None):
     for i, h in enumerate(s.diff()):
         slope = _slope(denoiser, x, net[i])
         if above_zero[i + 1]:
-            x_euler = torch.addcmul(x, h, slope)
+            x_euler = (h * slope).add_(x)
             slope, h = _slope(denoiser, x_euler, net[i + 1]).add_(slope), h / 2
-        x = torch.addcmul(x, h, slope)
+        x = (h * slope).add_(x)
         callback(i + 1, x)
     return x
 

@@ -18,8 +18,9 @@ def test_every_part_of_the_bench_runs():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     ratios = r" +[\d.]+ +[\d.]+ +[\d.]+ "  # min, median, max
+    share = r"\d+ % of a product's \d+ GFLOP/s"
     for pattern, count in (
-        (rf"^  digits, batch 128, (forward|\+ backward) {ratios} +\d+ % of a product", 2),
+        (rf"^  digits, batch 128, (forward|\+ backward) {ratios} +{share}$", 2),
         (rf"^  (euler|heun|ipndm|dpmpp|dpm2|deis|unipc)\d? {ratios} +[\d.]+ copies", 8),
         (rf"^  16 features {ratios} +[\d.]+ such products; differs by \de-1\d", 1),
         (rf"^  \(3, 8, 8\), flips {ratios} ", 1),

@@ -49,8 +49,7 @@ def test_without_lambdas_it_is_the_solver_of_common(solver):
         expected = SOLVERS[solver](denoiser, x, sigmas)
         for lambdas in (None, [0.0] * len(stages)):
             got = dode.integrate(denoiser, x, stages, lambdas)
-            # Rounding of states of size 80, which Heun's long steps multiply.
-            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-11)
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
         evaluations = len(sigmas) - 1
         if solver in TWO_EVALUATIONS:
             evaluations = 2 * evaluations - (1 if sigmas[-1] == 0 else 0)
