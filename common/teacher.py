@@ -189,6 +189,10 @@ class NetworkOptions(TrainingOptions):
         repeats=True,
     )
     num_blocks: int | None = option(None, "residual blocks per resolution", above=0)
+    patch: int | None = option(
+        None, "side of the squares of pixels that become channels (default: 1, as EDM)",
+        low=1, high=8,
+    )
     attn_resolutions: tuple[int, ...] | None = option(None, "resolutions with self-attention")
     dropout: float | None = option(None, "dropout (EDM: 0.13 on CIFAR-10)", low=0, high=1)
     conditional: bool = option(False, "condition on the class labels")
@@ -233,6 +237,7 @@ def new_network(config, data, **changes):
         "num_blocks": config.num_blocks,
         "attn_resolutions": list(config.attn_resolutions),
         "dropout": config.dropout,
+        **({"patch": config.patch} if config.patch else {}),
         **changes,
     }
     try:

@@ -234,6 +234,9 @@ class UNet(nn.Module):
     model_channels  unit of all widths: levels (channel_mult), embedding (channel_mult_emb)
                     and noise features (channel_mult_noise)
     label_dropout   probability that a label is dropped in training
+    patch           side of the squares of pixels that become the channels of one place: 2 makes
+                    12 channels at 16x16 of 3 at 32x32, a quarter of the places to compute
+                    (1: the EDM checkpoints). attn_resolutions count places, not pixels
 
     ValueError: a resolution that cannot be halved often enough, widths that GroupNorm or the
     heads cannot divide, an unknown type. Fused attention has no second derivative: for that,
@@ -246,7 +249,7 @@ class UNet(nn.Module):
                  family=SONG, model_channels=128, channel_mult=(2, 2, 2), channel_mult_emb=4,
                  num_blocks=4, attn_resolutions=(16,), dropout=0.13, label_dropout=0.0,
                  embedding_type="positional", channel_mult_noise=1,
-                 encoder_type="standard", resample_filter=(1, 1)):
+                 encoder_type="standard", resample_filter=(1, 1), patch=1):
         super().__init__()
         if embedding_type not in ("positional", "fourier"):
             raise ValueError(f"embedding_type={embedding_type!r} is unknown; "
@@ -255,16 +258,17 @@ class UNet(nn.Module):
             raise ValueError(f"encoder_type={encoder_type!r} is unknown; "
                              "use 'standard' or 'residual'")
         halvings = len(channel_mult) - 1
-        if img_resolution % 2**halvings:
+        if img_resolution % (patch * 2**halvings):
             raise ValueError(f"img_resolution={img_resolution} cannot be halved {halvings} "
-                             f"times; use a multiple of {2**halvings}, or fewer levels than "
-                             f"len(channel_mult)={len(channel_mult)}")
+                             f"times; use a multiple of {patch * 2**halvings}, or fewer levels "
+                             f"than len(channel_mult)={len(channel_mult)}")
         c_noise = model_channels * channel_mult_noise
         c_emb = model_channels * channel_mult_emb
         if c_noise % 2:
             raise ValueError(f"model_channels={model_channels} is odd, but sines and cosines "
                              "come in pairs; use an even number")
-        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.img_resolution, self.img_channels, self.patch = img_resolution, img_channels, patch
+        self.out_channels = img_channels * patch**2  # of the head, before pixels are put back
         self.label_dim, self.augment_dim = label_dim, augment_dim
         self.family, self.label_dropout = family, label_dropout
 
@@ -287,15 +291,15 @@ class UNet(nn.Module):
 
         levels = []
         for i, mult in enumerate(channel_mult):
-            levels.append((img_resolution >> i, model_channels * mult))
+            levels.append((img_resolution // patch >> i, model_channels * mult))
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         c = levels[0][1] if family.out_head else model_channels
-        c_aux = img_channels
+        c_aux = self.out_channels
         skips = []  # channels of the encoder's outputs
         for level, (res, width) in enumerate(levels):
             name = f"{res}x{res}"
             if level == 0:
-                self.enc[f"{name}_conv"] = Conv2d(img_channels, c, 3, family.init)
+                self.enc[f"{name}_conv"] = Conv2d(c_aux, c, 3, family.init)
             else:
                 self.enc[f"{name}_down"] = block(c, c, down=resample_filter)
                 if encoder_type == "residual":
@@ -321,7 +325,7 @@ class UNet(nn.Module):
                 self.dec[f"{name}_block{i}"] = block(c + skips.pop(), width, attention=attention)
                 c = width
         norm = group_norm(c, family.norm_eps)
-        conv = Conv2d(c, img_channels, 3, family.init_zero)
+        conv = Conv2d(c, self.out_channels, 3, family.init_zero)
         if family.out_head:
             self.out_norm, self.out_conv = norm, conv
         else:
@@ -364,8 +368,9 @@ class UNet(nn.Module):
         return F.silu(emb)
 
     def forward_features(self, x, c_noise, labels=None, augment_labels=None, balance=None):
-        """The input of the head: (B, model_channels * channel_mult[0], H, W)."""
+        """The input of the head: (B, model_channels * channel_mult[0], H / patch, W / patch)."""
         emb = self.embed(x.shape[0], c_noise, labels, augment_labels)
+        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
         skips, aux = [], x
         for name, layer in self.enc.items():
             if name.endswith("_aux_residual"):  # NCSN++ adds the downsampled input
@@ -392,12 +397,16 @@ class UNet(nn.Module):
         return block(x, emb)
 
     def head(self, features):
-        """(B, model_channels * channel_mult[0], H, W) -> (B, img_channels, H, W)."""
+        """`forward_features` -> (B, img_channels, H, W)."""
         if self.family.out_head:
             norm, conv = self.out_norm, self.out_conv
         else:
             norm, conv = list(self.dec.values())[-2:]
-        return conv(F.silu(norm(features)))
+        return self.pixels(conv(F.silu(norm(features))))
+
+    def pixels(self, x):
+        """(B, out_channels, H / patch, W / patch) -> (B, img_channels, H, W)."""
+        return F.pixel_shuffle(x, self.patch) if self.patch > 1 else x
 
     def forward(self, x, c_noise, labels=None, augment_labels=None, balance=None):
         """F(x, c_noise): (B, C, H, W) -> (B, C, H, W).

@@ -428,6 +428,22 @@ def test_compiles_as_one_graph(factory):
         close(compiled(*inputs), net(*inputs), 1e-6)
 
 
+def test_patches_are_channels_of_a_smaller_image():
+    """patch=2 on 8x8x3 is the same network on 4x4x12, each 2x2 square of pixels spelt out."""
+    net = unet.ddpmpp(8, 3, 10, patch=2, **TINY).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inner = unet.ddpmpp(4, 12, 10, **TINY).eval()
+    inner.load_state_dict(net.state_dict())
+    x, c_noise, labels = torch.randn(2, 3, 8, 8), torch.randn(2), torch.tensor([3, 1])
+    corners = [(c, i, j) for c in range(3) for i in range(2) for j in range(2)]
+    small = torch.stack([x[:, c, i::2, j::2] for c, i, j in corners], 1)  # (2, 12, 4, 4)
+    with torch.no_grad():
+        f, out = inner(small, c_noise, labels), net(x, c_noise, labels)
+    for k, (c, i, j) in enumerate(corners):
+        close(out[:, c, i::2, j::2], f[:, k], 1e-6)
+
+
 # --------------------------------------------------------------------------------- misuse
 
 

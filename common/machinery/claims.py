@@ -76,6 +76,7 @@ def check_weights(weights):
 WHOLE = {  # argument of UNet -> the least and the most that is believed
     "img_resolution": (1, 2**12),
     "img_channels": (1, 2**10),
+    "patch": (1, 8),
     "label_dim": (0, 2**20),
     "augment_dim": (0, 2**16),
     "model_channels": (1, 2**14),
