@@ -1,0 +1,64 @@
+"""What a method is compared with: the best that costs nothing.
+
+A hand-made time grid and a known solver need no training. On every data set with a teacher of
+ours, all pairs (solver, grid) were measured at several numbers of network evaluations; whoever
+trains something shows the best of them in the same table, measured in the same run.
+"""
+import json
+from functools import cache
+
+from common.datasets import ASSETS
+from common.diffusion import sigma_grid, with_labels
+from common.machinery.ranks import rank_and_world
+from common.solvers import ORDERS, SOLVERS, steps_for
+
+UNMEASURED = ("unipc", 3, "cosine")  # the choice where there is no measurement
+
+
+@cache
+def _measured():
+    """{data set: {NFE as text: {"solver", "order", "grid", "fid", "rmse_to_teacher"}}}.
+
+    The row of the lowest FID* at that count, over the solvers and grids that
+    `notebooks/grid_table.py` measured with the shipped teacher; it writes the file.
+    """
+    return json.loads((ASSETS / "untrained.json").read_text())
+
+
+def best_untrained(dataset, nfe):
+    """(solver, order, grid) with the lowest FID* at `nfe` evaluations: names for `SOLVERS`.
+
+    UniPC of order 3 on the cosine grid for a data set, or a count, that was not measured.
+    """
+    row = _measured().get(dataset, {}).get(str(nfe))
+    return (row["solver"], row["order"], row["grid"]) if row else UNMEASURED
+
+
+def solver_name(solver, order):
+    """As in tables: unipc3, dpmpp2; euler, heun, dpm2 have one order, which is not named."""
+    return solver if len(ORDERS[solver]) == 1 else f"{solver}{order}"
+
+
+@cache  # said once
+def _say(line):
+    if rank_and_world()[0] == 0:
+        print(line)
+
+
+def untrained_sampler(teacher, dataset, nfe, sigma_min=0.002, sigma_max=80.0):
+    """The best that costs nothing at `nfe` evaluations: (name of the row, sampler).
+
+    sampler(noise, labels) -> x0, noise (B, C, H, W) of unit variance, as `measure` calls it.
+    The name is like "untrained (unipc3, cosine)".
+    """
+    solver, order, grid = best_untrained(dataset, nfe)
+    if str(nfe) not in _measured().get(dataset, {}):
+        _say(f"untrained: solvers and grids were not measured on {dataset} with {nfe} "
+             f"evaluations; {solver_name(solver, order)} on the {grid} grid stands for the best")
+    sigmas = sigma_grid(grid, steps_for(solver, nfe), sigma_min, sigma_max)
+
+    def sampler(noise, labels):
+        denoiser = with_labels(teacher, labels)
+        return SOLVERS[solver](denoiser, sigma_max * noise, sigmas, order=order)
+
+    return f"untrained ({solver_name(solver, order)}, {grid})", sampler
