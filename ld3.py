@@ -36,7 +36,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.classifier import load_classifier
-from common.diffusion import noise_from_seeds, sigma_grid, with_labels
+from common.diffusion import GRIDS, noise_from_seeds, sigma_grid, with_labels
 from common.fid import labels_for, make_evaluator, measure
 from common.machinery.diffusers_export import check_export, export_grid
 from common.machinery.files import pretrained
@@ -288,7 +288,7 @@ def main():
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     distance = make_distance(config, run.device) if config.steps else None
     evaluator = make_evaluator(config, run.device)
-    grids = {k: (config.grid(k), None) for k in ("uniform", "quadratic", "logsnr", "edm")}
+    grids = {kind: (config.grid(kind), None) for kind in GRIDS}
     if config.steps:
         grids["ld3"] = train(config, run, teacher, distance)
         about = {k: getattr(config, k) for k in ("solver", "order", "nfe", "dataset")}

@@ -86,7 +86,18 @@ def noise_from_seeds(seeds, shape, device="cpu"):
 
 # ----------------------------------------------------------------------------- time grids
 
-GRIDS = ("uniform", "quadratic", "logsnr", "edm", "cosine")
+GRIDS = ("uniform", "quadratic", "logsnr", "edm", "cosine", "vp")
+
+
+def vp_time(sigma, beta_min=0.1, beta_d=19.9):
+    """t of the linear-beta VP process at noise level sigma (EDM, Table 1, inverted)."""
+    root = (beta_min**2 + 2 * beta_d * torch.log1p(sigma**2)).sqrt()
+    return (root - beta_min) / beta_d
+
+
+def vp_sigma(t, beta_min=0.1, beta_d=19.9):
+    """The noise level of the linear-beta VP process at time t: the inverse of vp_time."""
+    return torch.expm1(beta_d / 2 * t**2 + beta_min * t).sqrt()
 
 
 def sigma_grid(kind, n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
@@ -97,6 +108,8 @@ def sigma_grid(kind, n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
         logsnr     even in lambda = -log sigma
         edm        even in sigma^(1/rho) (EDM, Eq. 5)
         cosine     even in t, sigma = tan(pi t / 2), clipped at both ends (PD, section 2)
+        vp         even in the time t of the linear-beta VP process, from t(sigma_max) to
+                   t(sigma_min): DDPM's time steps (Ho et al. 2020; diffusers' default)
 
     sigma_min = 0 is allowed, except for logsnr. EDM's own sampler uses
     sigma_grid("edm", n - 1) followed by 0. UsageError: an unknown kind, n < 1, or noise
@@ -120,8 +133,11 @@ def sigma_grid(kind, n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     elif kind == "edm":
         low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
         sigmas = (low + (high - low) * u) ** rho
-    else:
+    elif kind == "cosine":
         sigmas = torch.tan(math.pi / 2 * u).clamp(sigma_min, sigma_max)
+    else:
+        low, high = vp_time(torch.tensor([sigma_min, sigma_max], dtype=torch.float64))
+        sigmas = vp_sigma(low + (high - low) * u)
     sigmas[0], sigmas[-1] = sigma_max, sigma_min  # exact, whatever the rounding
     return check_grid(sigmas, f"{kind} time grid with {n} steps")
 

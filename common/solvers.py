@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common import UsageError
-from common.diffusion import check_grid
+from common.diffusion import check_grid, vp_time
 
 ORDERS = {
     "euler": (1,),
@@ -149,12 +149,6 @@ def ipndm(denoiser, x, sigmas, *, sigmas_net=None, order=4, callback=None):
         x = _sum(x, weights, slopes)
         callback(i + 1, x)
     return x
-
-
-def vp_time(sigma, beta_min=0.1, beta_d=19.9):
-    """t of the linear-beta VP process at noise level sigma (EDM, Table 1, inverted)."""
-    root = (beta_min**2 + 2 * beta_d * torch.log1p(sigma**2)).sqrt()
-    return (root - beta_min) / beta_d
 
 
 _NODES, _WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(48))  # on [-1, 1]

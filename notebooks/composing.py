@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 import dode
 import ld3
 import tables
-from common.diffusion import noise_from_seeds, sigma_grid
+from common.diffusion import GRIDS, noise_from_seeds, sigma_grid
 from common.fid import make_evaluator, measure
 from common.machinery.files import save_json
 from common.machinery.options import cli, option, parse_config
@@ -192,9 +192,6 @@ def run_job(job, out):
 
 
 # ------------------------------------------------------------------------------------ collecting
-
-GRIDS = ("uniform", "quadratic", "logsnr", "edm")
-
 
 def rows_of(job, metrics):
     """Rows of the table from a run's metrics.json: {methods, variant, nfe, fid, ...}."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad, trapezoid
+from scipy.optimize import brentq
 from scipy.stats import multivariate_normal, norm
 from torch import nn
 
@@ -207,7 +208,15 @@ FORMULAS = {  # noise level k of n, written out
     "cosine": lambda k, n, lo, hi: (
         hi if k == 0 else lo if k == n else math.tan(math.pi / 2 * (n - k) / n)
     ),
+    "vp": lambda k, n, lo, hi: brentq(  # sigma whose time is k / n of the way
+        lambda s: vp(s) - vp(hi) - k / n * (vp(lo) - vp(hi)), 0, 100, xtol=1e-14, rtol=1e-14
+    ),
 }
+
+
+def vp(sigma):
+    """Time of the VP process with betas from .1 to 20: 1 + sigma^2 = exp(integral of beta)."""
+    return brentq(lambda t: 0.1 * t + 19.9 * t**2 / 2 - math.log1p(sigma**2), 0, 2, xtol=1e-15)
 
 
 @pytest.mark.parametrize("kind", diffusion.GRIDS)

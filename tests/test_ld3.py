@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ld3
-from common.diffusion import Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
+from common.diffusion import GRIDS, Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
 from common.machinery.run import Run
 from common.machinery.schedule import save_schedule
 from common.solvers import SOLVERS, dpmpp, ipndm, unipc
@@ -136,7 +136,7 @@ def test_losses_and_gradients_are_the_official_ones(i):
 
 
 @pytest.mark.parametrize("mode", ["lambda", "time"])
-@pytest.mark.parametrize("kind", ["uniform", "quadratic", "logsnr", "edm"])
+@pytest.mark.parametrize("kind", GRIDS)
 def test_any_hand_made_grid_can_be_the_start(mode, kind):
     sigmas = sigma_grid(kind, 6)
     sigmas_net = sigmas.clone()
@@ -200,8 +200,7 @@ def test_learned_grid_beats_every_hand_made_one(toy, tmp_path, options):
     if "start" in options:
         config.start = (sigma_grid(options["start"], 4),) * 2
     sigmas, sigmas_net = learn(config, toy)
-    kinds = ("uniform", "quadratic", "logsnr", "edm")
-    hand_made = [rmse(config, toy, sigma_grid(kind, 4), None) for kind in kinds]
+    hand_made = [rmse(config, toy, sigma_grid(kind, 4), None) for kind in GRIDS]
     assert rmse(config, toy, sigmas, sigmas_net) < 0.8 * min(hand_made)
     assert (sigmas.diff() < 0).all()
     assert sigmas[0] == pytest.approx(80) and sigmas[-1] == pytest.approx(0.002)
@@ -381,7 +380,7 @@ def test_smoke_run_leaves_everything_and_the_schedule_reads_back(monkeypatch, tm
     assert {p.name for p in (tmp_path / "a").iterdir()} >= set(names)
     metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
     rows = {row["name"]: row for row in metrics["results"]}
-    assert list(rows) == ["uniform", "quadratic", "logsnr", "edm", "ld3", "teacher"]
+    assert list(rows) == [*GRIDS, "ld3", "teacher"]
     for row in rows.values():
         assert row["fid_n"] == 32 and row["fid_features"] == "digits-classifier"
     assert rows["ld3"]["nfe"] == 5 and rows["teacher"]["nfe"] == 20 and metrics["seconds"] > 0

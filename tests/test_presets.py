@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.diffusion import Denoiser
+from common.diffusion import GRIDS, Denoiser
 from common.teacher import ARCHS, save_teacher
 from test_house import SCRIPTS
 
@@ -174,7 +174,7 @@ def files_of_cifar10(monkeypatch):
 
 
 ROWS = {
-    "ld3": {"uniform", "quadratic", "logsnr", "edm", "ld3", "teacher"},
+    "ld3": {*GRIDS, "ld3", "teacher"},
     "dode": {*DODE["solver"], *(f"d-{s}" for s in DODE["solver"]), "ab2", "dpmpp2m", "teacher"},
     "progressive": {"ddim", "ddim-edm", "pd", "teacher"},
     "cfd": {"ddim", "ddim-edm", "pd", "cfd", "teacher"},
