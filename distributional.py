@@ -270,7 +270,7 @@ SMOKE = dict(features="classifier", width=8, images=64, batch_size=8, eval_n=16,
 # --- training
 
 
-def train(config, run=None, teacher=None, networks=None):
+def train(config, run=None, teacher=None, networks=None, stream=None):
     """Train a generator against a discriminator; return the generator's EMA."""
     run = run or Run("distributional", config)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
@@ -290,7 +290,7 @@ def train(config, run=None, teacher=None, networks=None):
     heads = disc.heads.parameters()
     optimizer_g = torch.optim.Adam(trained, config.lr, (0.0, 0.99), fused=True)
     optimizer_d = torch.optim.Adam(heads, config.lr_d * c, (0.0, 0.99**c), fused=True)
-    stream = Stream(data, config.batch_size, config.seed)
+    stream = stream or Stream(data, config.batch_size, config.seed)
     sample = one_step(generator, config.sigma_max)
     loss_r1 = partial(r1_penalty, disc, gamma=config.r1_gamma * config.r1_every)
     fakes = []  # G(z), in parts

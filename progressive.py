@@ -228,7 +228,7 @@ def stages_of(config):
     return stages
 
 
-def train(config, run=None, teacher=None):
+def train(config, run=None, teacher=None, stream=None):
     """Distil stage after stage, each leaves student-N.pt in --out. Returns the last student."""
     run = run or Run("progressive", config)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
@@ -237,7 +237,7 @@ def train(config, run=None, teacher=None):
     student = make_student(teacher, config.prediction)
     stage_teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
-    stream = Stream(data, config.batch_size, config.seed, config.flip)
+    stream = stream or Stream(data, config.batch_size, config.seed, config.flip)
     steps = sum(updates for _, updates in stages_of(config))
     run.prepare(student.net, stage_teacher.net, teacher.net, steps=steps)
 
