@@ -33,13 +33,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from common.classifier import ImageNetInput, load_classifier
+from common.classifier import ImageNetFeatures, load_classifier
 from common.datasets import Stream, load_dataset
 from common.diffusion import expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
-from common.machinery.files import pretrained
 from common.machinery.options import (
     DistillationOptions, cli, complete, option, parse_config, require,
 )
@@ -116,7 +114,8 @@ def plan(first, last, updates):
 # --- options
 
 CLASSIFIERS = (
-    "own", "imagenet-resnet18", "imagenet-resnet50", "imagenet-densenet121", "imagenet-densenet201"
+    "own", "imagenet-lite0", "imagenet-resnet18", "imagenet-resnet50", "imagenet-densenet121",
+    "imagenet-densenet201",
 )
 
 
@@ -129,7 +128,8 @@ class Config(DistillationOptions):
     cfd_from: int | None = option(None, "PD down to so many steps, then CFD (official: 8)", low=1)
     to_steps: int = option(1, "steps of the last student (paper: 1)", low=1)
     classifier: str = option(
-        "own", "whose features: the data set's, or torchvision's of ImageNet", choices=CLASSIFIERS
+        "own", "whose features: the data set's own classifier's, or one's that knows ImageNet",
+        choices=CLASSIFIERS,
     )
     tau: float | None = option(
         None, "temperature of the teacher's features (official: 0.9 DenseNet201, 0.95 ResNet18)",
@@ -188,31 +188,12 @@ SMOKE = dict(from_steps=4, cfd_from=2, updates=2, batch_size=4, eval_n=32, eval_
 # --- classifiers
 
 
-class ImageNetFeatures(nn.Module):
-    """torchvision's classifier: x (B, 1 or 3, H, W) in [-1, 1] -> features, logits."""
-
-    def __init__(self, name, weights="DEFAULT"):
-        super().__init__()
-        from torchvision.models import get_model
-
-        load = partial(get_model, name, weights=weights)
-        self.net = pretrained(load, f"classifier imagenet-{name}", "take --classifier own")
-        head = "fc" if name.startswith("resnet") else "classifier"
-        self.head = getattr(self.net, head)
-        setattr(self.net, head, nn.Identity())
-        self.input = ImageNetInput()
-        self.eval().requires_grad_(False)
-
-    def forward(self, x):
-        features = self.net(self.input(x))
-        return features, self.head(features)
-
-
 def make_classifier(config, device):
     if config.classifier == "own":
         steps = config.classifier_steps
         return load_classifier(config.dataset, device, data_dir=config.data_dir, steps=steps)
-    return ImageNetFeatures(config.classifier.removeprefix("imagenet-")).to(device)
+    name, option = config.classifier.removeprefix("imagenet-"), f"classifier {config.classifier}"
+    return ImageNetFeatures(name, option, "take --classifier own").to(device)
 
 
 # --- training

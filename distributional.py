@@ -35,8 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import UsageError
-from common.classifier import ImageNetInput, load_classifier
+from common.classifier import ImageNetFeatures, load_classifier
 from common.datasets import Stream, load_dataset
 from common.diffusion import Denoiser, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
@@ -184,37 +183,14 @@ class Discriminator(nn.Module):
         return [head(m, labels) for head, m in zip(self.heads, self.features(x))]
 
 
-class ImageNetFeatures(nn.Module):
-    """A network of torchvision -> its maps at strides 4, 8, 16, 32 of 224 pixels."""
-
-    LAYERS = {"vgg16_bn": (13, 23, 33, 43), "efficientnet_b0": (2, 3, 5, 7)}
-
-    def __init__(self, name):
-        super().__init__()
-        from torchvision.models import feature_extraction, get_model, get_model_weights
-
-        weights = get_model_weights(name).DEFAULT
-        try:
-            net = get_model(name, weights=weights)
-        except (OSError, RuntimeError):  # no connection; a damaged file
-            raise UsageError(
-                f"--features imagenet: no weights of {name}; put {weights.url} into "
-                f"{torch.hub.get_dir()}/checkpoints, or use --features classifier"
-            ) from None
-        layers = [f"features.{i}" for i in self.LAYERS[name]]
-        self.net = feature_extraction.create_feature_extractor(net, layers)
-        self.input = ImageNetInput()
-        self.eval().requires_grad_(False)
-
-    def feature_maps(self, x):
-        return list(self.net(self.input(x)).values())  # [(B, c, h, w)]
-
-
 def feature_networks(config, device):
-    if config.features == "imagenet":
-        return [ImageNetFeatures(name).to(device) for name in ImageNetFeatures.LAYERS]
-    steps = config.classifier_steps  # seed 2: FIDs use 0 and 1
-    return [load_classifier(config.dataset, device, 2, config.data_dir, steps)]
+    """The discriminator's frozen networks: EfficientNet-Lite0 and VGG16, or a classifier."""
+    if config.features == "classifier":
+        steps = config.classifier_steps  # seed 2: FIDs use 0 and 1
+        return [load_classifier(config.dataset, device, 2, config.data_dir, steps)]
+    names = ["lite0"] if config.features == "lite0" else ["vgg16_bn", "lite0"]
+    instead = "use --features classifier"
+    return [ImageNetFeatures(n, f"features {config.features}", instead).to(device) for n in names]
 
 
 # --- options
@@ -227,7 +203,7 @@ class Config(DistillationOptions):
         choices=("none", "conv", "conv+qkv", "conv+qkv+skip"),
     )
     features: str | None = option(
-        None, "the discriminator's frozen networks", choices=("classifier", "imagenet")
+        None, "the discriminator's frozen networks", choices=("classifier", "imagenet", "lite0")
     )
     width: int | None = option(None, "projected channels, finest scale (official: 64)", low=1)
     images: int | None = option(None, "real images seen in training")

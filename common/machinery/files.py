@@ -207,9 +207,11 @@ def pretrained(load, option, instead):
     """load(), which imports a package or downloads weights; one line where that fails."""
     try:
         return load()
-    except (ImportError, OSError, RuntimeError) as error:
+    except ImportError as error:
+        raise UsageError(f"--{option}: {error}; or {instead}") from None
+    except (OSError, RuntimeError) as error:
         place = f"{torch.hub.get_dir()}/checkpoints"
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"--{option}: {reason}; install it, put its weights into {place} by hand, or {instead}"
+            f"--{option}: {reason}; put its weights into {place} by hand, or {instead}"
         ) from None
