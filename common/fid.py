@@ -127,6 +127,54 @@ def precision_recall(real, fake, k=3, batch_size=1000):
     return share(fake, real), share(real, fake)
 
 
+def kernel_distance(real, fake, blocks=10):
+    """KID (Binkowski et al. 2018, arXiv:1801.01401) of features (M, D), (N, D): value, its error.
+
+    The unbiased estimate of E k(a, a') + E k(b, b') - 2 E k(a, b) with a, a' real and b, b'
+    generated, k(a, b) = (a.b / D + 1)^3: around 0 (also below) where the two are the same, for
+    any number of images, while a Frechet distance shrinks as their number grows. Its standard
+    error is the jackknife's, which leaves out a tenth of both at a time; None for less than three.
+    """
+    real, fake = real.double().to(fake.device), fake.double()
+    blocks = min(blocks, len(real), len(fake))
+
+    def pairs(x, y):
+        """[i, j]: sum of k over an image of block i of x and another one of block j of y."""
+        sums = torch.zeros(blocks, blocks, dtype=torch.float64)
+        for i, a in enumerate(x.tensor_split(blocks)):
+            for j, b in enumerate(y.tensor_split(blocks)):
+                k = (a @ b.T / a.shape[1] + 1) ** 3
+                sums[i, j] = k.sum() - (k.trace() if x is y and i == j else 0)
+        return sums
+
+    all_blocks = torch.ones(1, blocks, dtype=torch.float64)
+    keep = torch.cat([all_blocks, all_blocks - torch.eye(blocks)])  # all of them, all but one, ...
+    m, n = (keep @ torch.tensor([len(b) for b in x.tensor_split(blocks)]).double()
+            for x in (real, fake))
+    within_real, within_fake, between = (
+        ((keep @ pairs(x, y)) * keep).sum(1) for x, y in ((real, real), (fake, fake), (real, fake))
+    )
+    value, *others = (
+        within_real / (m * (m - 1)) + within_fake / (n * (n - 1)) - 2 * between / (m * n)
+    )
+    error = torch.stack(others).std(correction=0) * (blocks - 1) ** 0.5
+    return value.item(), error.item() if error.isfinite() else None
+
+
+def paired_difference(errors, others):
+    """RMSE of one row minus that of another and its standard error, from their errors (n,).
+
+    Those are mean squared errors of the same n images (`errors.npz`), so that what makes an image
+    difficult for both does not count. Without `others`, zeros: one RMSE and its standard error.
+    """
+    parts = [torch.as_tensor(e, dtype=torch.float64) for e in (errors, others)]
+    roots = [part.mean().sqrt() for part in parts]
+    # the delta method: sqrt(mean) changes by 1 / (2 sqrt(mean)) of what the mean changes by
+    first, second = (part / (2 * root) if root else part for part, root in zip(parts, roots))
+    error = (first - second).std() / len(first) ** 0.5
+    return (roots[0] - roots[1]).item(), error.item()
+
+
 # ------------------------------------------------------------------------------------ features
 
 
@@ -192,38 +240,50 @@ def features_of(images, extractor, batch_size=250):
 
 # ----------------------------------------------------------------------------------- references
 
-# FID of all test images of a data set, and their number, in the features of shipped classifiers.
-# Of digits: of other writers; 297 of the training images have 0.7, for being few.
-HELD_OUT = {"digits-classifier": (1.414, 297), "mnist-classifier": (0.0286, 10_000)}
+KID_REAL, KID_FAKE = 2000, 10_000  # at most so many images on either side of a kernel distance
+# All test images of a data set, in the features of shipped classifiers. Of digits they are of
+# other writers; 297 of the training images have a FID of 0.7, for being few.
+HELD_OUT = {
+    "digits-classifier": {"fid": 1.414, "kid": 0.0243, "n": 297},
+    "mnist-classifier": {"fid": 0.0286, "kid": 0.00128, "n": 10_000},
+}
 
 
-def real_fid(config, evaluator):
-    """FID of real, held-out images, and their number; None where there are none at hand."""
+def real_row(config, evaluator):
+    """FID, KID and number of real, held-out images; None where there are none at hand."""
     name, data_dir, space = config.dataset, config.data_dir, evaluator.extractor
     if evaluator.against == "train" and space.name in HELD_OUT:
         return HELD_OUT[space.name]
     if not has_test_images(name, data_dir):
         return None
-    mu, cov, n = reference_moments(name, space, data_dir, "test")
-    return frechet_distance(mu, cov, *evaluator.reference[:2]), n
+    mu, cov, n, features = reference_moments(name, space, data_dir, "test")
+    row = {"fid": frechet_distance(mu, cov, *evaluator.reference[:2]), "n": n}
+    if evaluator.reference[3:]:
+        row["kid"] = kernel_distance(evaluator.reference[3], features)[0]
+    return row
 
 
 def reference_fids(config, evaluator, noise):
-    """{"fid": {"noise", "real", "real_n"}, ...}: what a FID is to be compared with.
+    """{"fid": {"noise", "real", "real_n"}, ...}: what a FID or KID is to be compared with.
 
     noise: the row of images of pure noise.
     """
     found = {}
-    for metric, space in (("fid", evaluator), ("fid_unseen", evaluator.unseen)):
-        if space:
-            found[metric] = {"noise": noise[metric]}
-            if real := real_fid(config, space):
-                found[metric].update(zip(("real", "real_n"), real))
+    for space, suffix in ((evaluator, ""), (evaluator.unseen, "_unseen")):
+        real = space and real_row(config, space) or {}
+        for metric in ("fid", "kid"):
+            if metric + suffix in noise:
+                found[metric + suffix] = {"noise": noise[metric + suffix]}
+                if metric in real:
+                    found[metric + suffix] |= {"real": real[metric], "real_n": real["n"]}
     return found
 
 
 def reference_moments(dataset_name, extractor, data_dir=None, split="train"):
-    """mu (D,), cov (D, D), n of the real images of a split: shipped, or computed once."""
+    """mu (D,), cov (D, D), n of the real images of a split: shipped, or computed once.
+
+    And the features (M, D) of at most KID_REAL of them, evenly from all.
+    """
     images = f"{dataset_name}{fingerprint(dataset_name, data_dir, exact=True)}-{split}"
     name = f"moments-{images}-{extractor.name}-{extractor.digest}.npz"
     if (ASSETS / name).exists():
@@ -235,19 +295,21 @@ def reference_moments(dataset_name, extractor, data_dir=None, split="train"):
         except FileNotFoundError:
             pass
         except Exception:  # np.load raises anything on a file that is cut short or foreign
-            print(f"{path}: damaged, made again")
+            print(f"{path}: damaged or of an older version, made again")
         moments = Moments(extractor.dim, extractor.device)
-        batches = load_dataset(dataset_name, split, data_dir).images.split(250)
-        for batch in tqdm(batches, f"moments of {dataset_name}", leave=False, **BAR):
+        images = load_dataset(dataset_name, split, data_dir).images
+        for batch in tqdm(images.split(250), f"moments of {dataset_name}", leave=False, **BAR):
             moments.add(extractor(batch))
         mu, cov = (a.cpu().numpy() for a in moments.mean_cov())
-        atomic_write(path, lambda file: np.savez(file, mu=mu, sigma=cov, n=moments.n))
-    return mu, cov, moments.n
+        some = features_of(evenly(images, KID_REAL), extractor).half().cpu().numpy()
+        arrays = {"mu": mu, "sigma": cov, "n": moments.n, "features": some}
+        atomic_write(path, lambda file: np.savez(file, **arrays))
+        return _read_moments(path)
 
 
 def _read_moments(path):
     with np.load(path) as file:
-        return file["mu"], file["sigma"], int(file["n"])
+        return file["mu"], file["sigma"], int(file["n"]), torch.from_numpy(file["features"])
 
 
 def load_moments(path, extractor):
@@ -278,7 +340,7 @@ class Evaluator:
     """A feature space and the moments of the real images in it."""
 
     extractor: FeatureExtractor
-    reference: tuple  # mu, cov
+    reference: tuple  # mu, cov; of the data set's own images also n and some features, for KID
     against: str = "train"  # of what: "train" images, "edm", or the path of an .npz
     unseen: "Evaluator | None" = None  # a second space, for methods whose loss sees features
     real: torch.Tensor | None = None  # features of real images (M, D), for precision and recall
@@ -319,7 +381,7 @@ def make_evaluator(config, device, unseen=False):
 
 
 class Metrics:
-    """What is known of the generated images so far: moments, and features for precision/recall."""
+    """What is known of the generated images so far: moments, and features for KID and recall."""
 
     def __init__(self, evaluator, n):
         self.evaluator, self.n = evaluator, n
@@ -342,7 +404,7 @@ class Metrics:
         self.moments.add(features)
         if self.unseen:
             self.unseen.add(x0, first)
-        if self.evaluator.real is not None:
+        if self.evaluator.real is not None or self.evaluator.reference[3:] and first < KID_FAKE:
             self.features.append(features)
         if space.logits:
             log_p = space.logits(features).double().log_softmax(1)  # (B, K)
@@ -354,28 +416,34 @@ class Metrics:
     def row(self):
         """Columns of metrics.json, of all ranks together.
 
-        `fid` with its feature space, n and reference; with a second space `fid_unseen`; with
-        Inception also the Inception Score (Salimans et al. 2016, arXiv:1606.03498). Precision and
-        recall are those of the second space, if there is one.
+        `fid` with its feature space, n and reference, `kid` in the same features with its
+        standard error; with a second space `fid_unseen`, `kid_unseen`; with Inception also the
+        Inception Score (Salimans et al. 2016, arXiv:1606.03498). Precision and recall are those
+        of the second space, if there is one.
         """
         evaluator, moments = self.evaluator, self.moments.of_all_ranks()
+        fake = gather_rows(torch.cat(self.features))
         row = {
             "fid": frechet_distance(*moments.mean_cov(), *evaluator.reference[:2]),
             "fid_features": evaluator.extractor.name,
             "fid_reference": evaluator.against,
             "fid_n": moments.n,
         }
+        if evaluator.reference[3:]:
+            real = evaluator.reference[3]
+            row["kid"], row["kid_se"] = kernel_distance(real, fake[:KID_FAKE])
         if self.unseen:
             second = self.unseen.row()
-            row["fid_unseen"] = second["fid"]
-            row["fid_unseen_features"] = second["fid_features"]
-            row.update({k: v for k, v in second.items() if not k.startswith("fid")})
+            for name in ("fid", "fid_features", "kid", "kid_se"):
+                metric, _, what = name.partition("_")
+                if name in second:
+                    row["_".join([metric, "unseen", *filter(None, [what])])] = second[name]
+            row.update({k: v for k, v in second.items() if k[:3] not in ("fid", "kid")})
         if evaluator.extractor.logits:
             scores = self._inception_scores()
             row["inception_score"] = scores.mean().item()
             row["inception_score_sd"] = scores.std(correction=0).item()
         if evaluator.real is not None:
-            fake = gather_rows(torch.cat(self.features))
             row["precision"], row["recall"] = precision_recall(evaluator.real, fake)
             row["precision_recall_features"] = evaluator.extractor.name
         return row
@@ -406,9 +474,10 @@ def measure(run, samplers, net, evaluator=None, reference=None):
 
     A row has the columns of `Metrics.row` and, if `reference` names one of the samplers,
     `rmse_to_teacher`: the root mean square difference from its images, over images and pixels in
-    [-1, 1]. Under torchrun every rank samples its share. Without an evaluator: only pictures.
-    In a classifier's features `run.references` gets the FIDs of real images and of pure noise.
-    Raises UsageError if a sampler's values are not finite.
+    [-1, 1], and `rmse_se`, its standard error. Each image's mean square stays in errors.npz, for
+    `paired_difference`. Under torchrun every rank samples its share. Without an evaluator: only
+    pictures. In a classifier's features `run.references` gets FID and KID of real images and of
+    pure noise. Raises UsageError if a sampler's values are not finite.
     """
     config, device, shape = run.config, run.device, net.img_shape
     n = config.eval_n if evaluator else min(16, config.eval_n)
@@ -422,7 +491,7 @@ def measure(run, samplers, net, evaluator=None, reference=None):
         second = evaluator.unseen and dataclasses.replace(evaluator.unseen, real=None)
         pure_noise = Metrics(dataclasses.replace(evaluator, unseen=second, real=None), n)
     pictures = {label: [torch.zeros(0, *shape, dtype=torch.uint8)] for label in labelled}
-    squares, target = torch.zeros(len(order), dtype=torch.float64, device=device), None
+    errors, target = torch.zeros(len(order), n, dtype=torch.float64, device=device), None
     total = (share.stop - share.start) * len(order)
     with tqdm(total=total, desc="sampling", disable=run.rank > 0, leave=False, **BAR) as bar:
         for first in range(share.start, share.stop, config.eval_batch):
@@ -442,18 +511,22 @@ def measure(run, samplers, net, evaluator=None, reference=None):
                     )
                 if reference:
                     target = x0 if i == 0 else target
-                    squares[i] += (x0 - target).double().square().sum()
+                    squares = (x0 - target).double().square()
+                    errors[i, first : seeds.stop] = squares.flatten(1).mean(1)
                 if evaluator:
                     metrics[label].add(x0, first)
                 if first < share.start + 16:
                     pictures[label].append(to_uint8(x0[:16]).cpu())
                 bar.update(len(seeds))
-    rmse = (sum_over_ranks(squares) / (n * torch.Size(shape).numel())).sqrt().tolist()
+    errors = dict(zip(order, sum_over_ranks(errors).cpu().numpy()))
+    if reference and run.rank == 0:
+        atomic_write(run.out / "errors.npz", lambda file: np.savez_compressed(file, **errors))
     if pure_noise:
         run.references = reference_fids(config, evaluator, pure_noise.row())
     rows = []
     for label, (name, nfe, _) in labelled.items():
         rows.append({"name": name, "nfe": nfe, **(metrics[label].row() if evaluator else {})})
         if reference:
-            rows[-1]["rmse_to_teacher"] = rmse[order.index(label)]
+            rmse, error = paired_difference(errors[label], 0 * errors[label])
+            rows[-1] |= {"rmse_to_teacher": rmse, "rmse_se": error}
     return rows, {label: torch.cat(parts)[:16] for label, parts in pictures.items()}

@@ -127,7 +127,11 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
             "order = [*first_ones, *(label for label in labelled if label not in first_ones)]",
             "order = list(labelled)",
         ),
-        ("rmse[order.index(label)]", "rmse[list(labelled).index(label)]"),
+        ("errors = dict(zip(order, sum", "errors = dict(zip(labelled, sum"),
+        (" - (k.trace() if x is y and i == j else 0)", ""),
+        ("- 2 * between / (m * n)", "- between / (m * n)"),
+        ("(blocks - 1) ** 0.5", "blocks**0.5"),
+        ("part / (2 * root) if root", "part / root if root"),
         ("metrics[label].add(x0, first)", "metrics[label].add(x0[:-1], first)"),
         (
             "labels_for(seeds, net.label_dim, device)",

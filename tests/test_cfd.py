@@ -341,6 +341,7 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path):
         "metrics.json",
         "samples.png",
         "samples.npz",
+        "errors.npz",
         "fid.png",
         "log.jsonl",
         "checkpoint.pt",

@@ -44,7 +44,9 @@ def test_what_ships_of_mnist_needs_no_images(monkeypatch):
     """Its classifier, with its accuracy on the test images, and the training images' moments."""
     monkeypatch.setattr(fid, "load_dataset", None)  # not asked for
     extractor = fid.classifier_features("mnist", torch.device("cpu"))
-    mu, cov, n = fid.reference_moments("mnist", extractor)
+    mu, cov, n, features = fid.reference_moments("mnist", extractor)
+    assert features.shape == (2000, 128)
+    np.testing.assert_allclose(features.double().mean(0), mu, atol=0.05)
     assert (extractor.name, n) == ("mnist-classifier", 60_000)
     assert load_checkpoint(ASSETS / "mnist-classifier.pt")["accuracy"] >= 0.99
     with torch.no_grad():  # the classifier sees all ten digits, equally often, in these moments

@@ -133,6 +133,55 @@ def test_one_image_has_no_covariance():
         moments.mean_cov()
 
 
+# ------------------------------------------------------------- kernel distance, standard errors
+
+
+def test_the_kernel_distance_is_the_sum_over_all_pairs():
+    """Binkowski et al. 2018, equation 4: U-statistics, pair by pair."""
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(23, 5)), 0.5 + rng.normal(size=(17, 5))
+    k = lambda a, b: (a @ b / 5 + 1) ** 3
+    within = lambda x: np.mean([k(a, b) for i, a in enumerate(x) for b in np.delete(x, i, 0)])
+    mmd = lambda x, y: within(x) + within(y) - 2 * np.mean([k(a, b) for a in x for b in y])
+    value, error = fid.kernel_distance(*map(torch.from_numpy, (real, fake)))
+    assert value == pytest.approx(mmd(real, fake))
+    tenths = [np.array_split(np.arange(len(x)), 10) for x in (real, fake)]
+    others = [mmd(np.delete(real, a, 0), np.delete(fake, b, 0)) for a, b in zip(*tenths)]
+    assert error == pytest.approx(np.sqrt(9 / 10 * np.square(others - np.mean(others)).sum()))
+    assert fid.kernel_distance(torch.ones(2, 3), torch.zeros(2, 3)) == (7, None)
+
+
+@pytest.mark.parametrize("shift", [0, 0.5])
+def test_the_kernel_distance_is_unbiased_and_knows_its_spread(shift):
+    """Of 2 Gaussians in one dimension: E (ab + 1)^3 = 1 + 3 a b + 3 a^2 b^2 + a^3 b^3 in means."""
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for _ in range(300):
+        real, fake = torch.randn(2, 40, 1, generator=generator)
+        values.append(fid.kernel_distance(real, fake + shift))
+    values, errors = torch.tensor(values, dtype=torch.float64).T
+    moments = shift, 1 + shift**2, 3 * shift + shift**3  # of the second; of the first 0, 1, 0
+    exact = 3 * moments[0] ** 2 + 3 * (moments[1] - 1) ** 2 + moments[2] ** 2
+    assert values.mean().item() == pytest.approx(exact, abs=3 * values.std().item() / 300**0.5)
+    assert 0.8 < errors.square().mean().sqrt() / values.std() < 1.6
+
+
+def test_standard_errors_of_an_rmse_and_of_a_difference_are_those_of_repetition():
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(400):
+        hard = rng.exponential(size=200)  # what makes an image difficult for both
+        one, two = 1.1 * hard + 0.1 * rng.exponential(size=200), hard
+        found.append([*fid.paired_difference(one, 0 * one), *fid.paired_difference(one, two)])
+    rmse, rmse_se, gap, gap_se = np.array(found).T
+    assert rmse.mean() == pytest.approx(1.2**0.5, rel=0.01)
+    assert gap.mean() == pytest.approx(1.2**0.5 - 1, rel=0.02)
+    assert rmse_se.mean() == pytest.approx(rmse.std(), rel=0.1)
+    assert gap_se.mean() == pytest.approx(gap.std(), rel=0.1)
+    assert gap_se.mean() < rmse_se.mean() / 5
+    assert fid.paired_difference(np.zeros(3), np.zeros(3)) == (0, 0)
+
+
 # --------------------------------------------------------------------- feature extractors
 
 
@@ -293,10 +342,11 @@ def test_the_downloaded_inception_file_is_checked_and_used(small, monkeypatch, c
 
 def test_reference_moments_are_kept_per_split_and_features(monkeypatch, cache, capsys):
     extractor = feature_extractor("digits", "cpu")
-    mu, cov, n = reference_moments("digits", extractor)
+    mu, cov, n, some = reference_moments("digits", extractor)
     features = extractor(load_dataset("digits").images).double().numpy()
     np.testing.assert_allclose(mu, features.mean(0), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(cov, np.cov(features, rowvar=False), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(some, features, rtol=1e-3, atol=1e-3)  # all, rounded to fp16
     assert n == 1500 and reference_moments("digits", extractor, split="test")[2] == 297
     with monkeypatch.context() as patch:
         patch.setattr(fid, "load_dataset", None)
@@ -340,10 +390,12 @@ def row_of(evaluator, x0):
     return metrics.row()
 
 
-def measure(samplers, evaluator=None, n=5, batch=250, shape=(1, 4, 4), classes=0, reference=None):
+def measure(
+    samplers, evaluator=None, n=5, batch=250, shape=(1, 4, 4), classes=0, reference=None, out=None
+):
     """`fid.measure` without a Run: rows, pictures."""
     config = Options(eval_n=n, eval_batch=batch)
-    run = SimpleNamespace(config=config, device=torch.device("cpu"), rank=0)
+    run = SimpleNamespace(config=config, device=torch.device("cpu"), rank=0, out=out)
     net = SimpleNamespace(img_shape=shape, label_dim=classes)
     return fid.measure(run, samplers, net, evaluator, reference)
 
@@ -376,7 +428,7 @@ def close(row, other):
     )
 
 
-def test_rows_are_those_of_all_images_and_the_reference_is_sampled_first():
+def test_rows_are_those_of_all_images_and_the_reference_is_sampled_first(tmp_path):
     evaluator = make_evaluator(Options(smoke=True, recall=True), "cpu", unseen=True)
     order = []
 
@@ -389,7 +441,7 @@ def test_rows_are_those_of_all_images_and_the_reference_is_sampled_first():
         return 0.4 * noise + 0.1
 
     samplers = {("ours", 2): ours, ("teacher", 9): teacher}
-    sizes = dict(n=70, batch=32, shape=(1, 8, 8))
+    sizes = dict(n=70, batch=32, shape=(1, 8, 8), out=tmp_path)
     rows, pictures = measure(samplers, evaluator, reference="teacher", **sizes)
     assert order == ["teacher", "ours"] * 3
     assert [(row.pop("name"), row.pop("nfe")) for row in rows] == list(samplers)
@@ -400,8 +452,15 @@ def test_rows_are_those_of_all_images_and_the_reference_is_sampled_first():
         x0 = sampler(noise, None)
         error = (x0 - target).square().mean().sqrt().item()
         assert row.pop("rmse_to_teacher") == pytest.approx(error, abs=1e-7)
+        squares = (x0 - target).square().mean((1, 2, 3))  # sd(sqrt(s)) = sd(s) / (2 sqrt(mean s))
+        spread = squares.std().item() / 70**0.5 / (2 * error) if error else 0
+        assert row.pop("rmse_se") == pytest.approx(spread, abs=1e-7)
+        with np.load(tmp_path / "errors.npz") as kept:
+            label = "teacher, NFE 9" if error == 0 else "ours, NFE 2"
+            np.testing.assert_allclose(kept[label], squares, atol=1e-7)
         assert close(row, row_of(evaluator, x0.float())) and row["fid_n"] == 70
-        assert {"fid_unseen", "recall"} <= row.keys()
+        assert {"fid_unseen", "recall", "kid", "kid_se", "kid_unseen_se"} <= row.keys()
+        assert row["kid"] != row["kid_unseen"]
     assert rows[0]["fid"] != rows[1]["fid"]
     order.clear()
     rows, _ = measure(samplers, evaluator, **sizes)
@@ -431,17 +490,19 @@ def test_real_images_and_noise_stand_beside_a_fid():
     fid.measure(run, sampler, net, evaluator)
     noise = to_uint8(fid.noise_from_seeds(range(70), (1, 8, 8)))
     test = load_dataset("digits", "test").images
-    for name, space in (("fid", first), ("fid_unseen", second)):
-        found = run.references[name]
-        for images, value in ((noise, found["noise"]), (test, found["real"])):
-            moments = Moments(space.extractor.dim)
-            moments.add(features_of(images, space.extractor))
+    for suffix, space in (("", first), ("_unseen", second)):
+        found, kid = run.references[f"fid{suffix}"], run.references[f"kid{suffix}"]
+        for images, which in ((noise, "noise"), (test, "real")):
+            features, moments = features_of(images, space.extractor), Moments(64)
+            moments.add(features)
             expected = frechet_distance(*moments.mean_cov(), *space.reference[:2])
-            assert value == pytest.approx(expected, rel=1e-3)
-        assert found["real_n"] == 297 and found["noise"] > found["real"]
+            assert found[which] == pytest.approx(expected, rel=1e-3)
+            expected = fid.kernel_distance(space.reference[3], features)[0]
+            assert kid[which] == pytest.approx(expected, rel=1e-2)
+        assert found["real_n"] == kid["real_n"] == 297 and found["noise"] > found["real"]
     # of another reference than the training images the constants say nothing
-    other = fid.real_fid(run.config, Evaluator(spaces[0], second.reference, "x.npz"))
-    assert other[0] > 10 * fid.HELD_OUT["digits-classifier"][0]
+    other = fid.real_row(run.config, Evaluator(spaces[0], second.reference, "x.npz"))
+    assert other["fid"] > 10 * fid.HELD_OUT["digits-classifier"]["fid"]
 
 
 def test_without_test_images_only_noise_stands_beside_a_fid(monkeypatch):

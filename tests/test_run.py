@@ -227,18 +227,23 @@ def test_a_table_says_what_real_images_and_noise_have(tmp_path, capsys):
     row = {"fid": 1.25, "fid_features": "digits-classifier", "fid_n": 64, "recall": 0.5}
     row |= {"fid_unseen": 2.5, "fid_unseen_features": unseen, "precision_recall_features": unseen}
     row |= {"rmse_to_teacher": 0.123456, "precision": 0.123456}
+    row |= {"rmse_se": 0.00234, "kid": 0.0123456, "kid_se": 0.000456}
+    del row["recall"]  # with it 104 columns, but no script measures all of that
     run = make(tmp_path)
     run.references = {
-        "fid": {"noise": 98.76543, "real": 0.5, "real_n": 297}, "fid_unseen": {"noise": 70.0}
+        "fid": {"noise": 98.76543, "real": 0.5, "real_n": 297}, "fid_unseen": {"noise": 70.0},
+        "kid": {"noise": 5.6, "real": 0.02, "real_n": 297},
     }
     capsys.readouterr()
     run.finish([{"name": "rectified-flow-equal-compute", "nfe": 16, **row}])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [
-        "fid [digits-classifier, n=64]: real test images have 0.5 (n=297), noise 98.77",
-        f"fid_unseen, precision, recall [{unseen}, n=64]: noise 70",
+        "fid, kid [digits-classifier, n=64]: real test images have 0.5, 0.02 (n=297), "
+        "noise 98.8, 5.6",
+        f"fid_unseen, precision [{unseen}, n=64]: noise 70",
     ]
-    assert lines[2].split()[:4] == ["name", "nfe", "rmse_to_teacher", "fid"]
+    assert lines[2].split()[:5] == ["name", "nfe", "rmse_to_teacher", "fid", "kid"]
+    assert lines[3].split()[2:5] == ["0.1235±0.002", "1.25", "0.0123±0.0005"]
     assert all(len(line) <= 100 for line in lines[:-1])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["references"] == run.references  # and not among the results

@@ -40,7 +40,7 @@ from common.machinery.ranks import (
     sum_over_ranks,
 )
 
-METRICS = ("fid", "fid_unseen", "inception_score", "precision", "recall")  # common.fid's
+METRICS = ("fid", "kid", "fid_unseen", "inception_score", "precision", "recall")  # common.fid's
 
 
 def pick_device(name="auto"):
@@ -494,19 +494,24 @@ def table(results, columns, references=None):
     spaces = {}  # feature space -> its metrics
     for column in columns:
         first = next(row for row in results if row.get(column) is not None)
-        known_as = "precision_recall" if column in ("precision", "recall") else column
+        known_as = {"kid": "fid", "precision": "precision_recall", "recall": "precision_recall"}
+        known_as = known_as.get(column, column)
         if space := first.get(f"{known_as}_features"):
             spaces.setdefault(f"[{space}, n={first['fid_n']}]", []).append(column)
     above = []
     for space, metrics in spaces.items():
         line = f"{', '.join(metrics)} {space}"
-        about = (references or {}).get(metrics[0])
-        if about and "real" in about:
-            line += f": real test images have {about['real']:.4g} (n={about['real_n']})"
-        if about:
-            line += f"{',' if 'real' in about else ':'} noise {about['noise']:.4g}"
+        about = [(references or {}).get(metric, {}) for metric in metrics]
+        real, noise = (
+            ", ".join(f"{metric[what]:.3g}" for metric in about if what in metric)
+            for what in ("real", "noise")
+        )
+        if real:
+            line += f": real test images have {real} (n={about[0]['real_n']})"
+        if noise:
+            line += f"{',' if real else ':'} noise {noise}"
         above.append(line)
-    lines = [columns] + [[_cell(row.get(c)) for c in columns] for row in results]
+    lines = [columns] + [[_cell(row, c) for c in columns] for row in results]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     padded = []
     for name, *cells in lines:
@@ -542,10 +547,14 @@ def notes(results, columns, method):
     return lines
 
 
-def _cell(value):
+def _cell(row, column):
+    """A value; behind "±" the standard error that the row has of it (rmse_se, kid_se)."""
+    value, error = row.get(column), row.get(f"{column.partition('_')[0]}_se")
     if value is None:
         return "not run"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if error is None or column not in ("rmse_to_teacher", "kid"):
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.{3 if column == 'kid' else 4}g}±{error:.1g}"
 
 
 class State(types.SimpleNamespace):
