@@ -206,7 +206,7 @@ def stages_of(config):
 
 
 def train(config, run=None, teacher=None, classifier=None):
-    """Distil stage after stage, each leaves student-N.pt in --out. Returns the last student."""
+    """Distil stage after stage: student-N.safetensors in --out. Returns the last student."""
     run = run or Run("cfd", config)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     classifier = classifier or make_classifier(config, run.device)
@@ -214,7 +214,8 @@ def train(config, run=None, teacher=None, classifier=None):
     check_classes(config, teacher, data)
     stage_teacher = copy.deepcopy(teacher)
     if config.pd:
-        stage_teacher = load_student(f"{config.pd}/student-{config.cfd_from}.pt", stage_teacher)
+        path = f"{config.pd}/student-{config.cfd_from}.safetensors"
+        stage_teacher = load_student(path, stage_teacher)
     student = copy.deepcopy(stage_teacher).requires_grad_(True)  # eval mode: no dropout
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, config.batch_size, config.seed, config.flip)
@@ -251,7 +252,7 @@ def train(config, run=None, teacher=None, classifier=None):
             torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
             optimizer.step()
             if step == updates - 1 and run.rank == 0:
-                path = run.out / f"student-{n}.pt"
+                path = run.out / f"student-{n}.safetensors"
                 save_teacher(path, student, teacher.arch, teacher.kwargs, config.dataset)
     return student
 
@@ -290,7 +291,7 @@ def main():
     students = {}
     for n in config.nfe:
         if config.pd and n <= config.cfd_from:
-            path = f"{config.pd}/student-{n}.pt"
+            path = f"{config.pd}/student-{n}.safetensors"
             students["pd", n] = load_student(path, copy.deepcopy(teacher))
     classifier = make_classifier(config, run.device)  # first: its weights may be missing
     evaluator = make_evaluator(config, run.device, unseen=True)
@@ -298,7 +299,7 @@ def main():
     for n, _ in stages_of(config):
         if n in config.nfe:
             name = "pd" if n >= config.cfd_from else "cfd"
-            path = run.out / f"student-{n}.pt"
+            path = run.out / f"student-{n}.safetensors"
             students[name, n] = load_student(path, copy.deepcopy(teacher))
     samplers = make_samplers(config, teacher, students)
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")

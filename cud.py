@@ -34,11 +34,12 @@ from common import unet
 from common.datasets import Stream, load_dataset
 from common.diffusion import expand, noise_from_seeds
 from common.fid import make_evaluator, measure
+from common.machinery.flow_teachers import FlowDenoiser
 from common.machinery.options import cli, complete, option, parse_config
 from common.machinery.plots import save_fid_curves, save_rows
 from common.machinery.run import Run
 from common.solvers import SOLVERS, steps_for
-from common.teacher import NetworkOptions, ema_update, new_network
+from common.teacher import NetworkOptions, ema_update, new_network, save_teacher
 
 EPS = 1e-5  # smallest t
 FLOWS = ("rectified-flow", "rectified-flow-equal-compute")
@@ -306,6 +307,11 @@ def train_one_step(config, run, stream, trained, emas, optimizer):
         update(i, net, ema, optimizer, config.distill_lr)
 
 
+def save_velocity(path, velocity, config):
+    denoiser = FlowDenoiser(velocity.net, velocity.phi)
+    save_teacher(path, denoiser, config.arch, velocity.net.kwargs, config.dataset)
+
+
 def train(config, run=None):
     """Returns the EMAs asked for, {row name: Velocity}."""
     run = run or Run("cud", config)
@@ -327,6 +333,8 @@ def train(config, run=None):
         train_flow(config, run, *state)
     if config.distill_steps:
         train_one_step(config, run, *state)
+    if run.rank == 0:  # a teacher for any script
+        save_velocity(run.out / "velocity.safetensors", emas["cud"], config)
     return emas
 
 

@@ -22,7 +22,7 @@ Differences from paper and official code (google-research/diffusion_distillation
 Result on digits, FID [digits-classifier, n=1024] at 8, 4, 2, 1 steps: 0.40, 0.52, 0.69, 1.18;
 DDIM 0.67, 2.3, 19, 105. More: RESULTS.md
     python progressive.py                         # digits, 16 -> 1: 4 min on 2 CPU cores
-    python progressive.py --from-steps 4 --teacher runs/progressive-digits/student-4.pt
+    python progressive.py --from-steps 4 --teacher runs/progressive-digits/student-4.safetensors
     python progressive.py --prediction eps        # why the paper predicts x or v
     python progressive.py --dataset cifar10       # one GPU
 """
@@ -35,7 +35,7 @@ import torch
 from common.datasets import Stream, load_dataset
 from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
-from common.machinery.files import save_checkpoint
+from common.machinery.files import save_weights
 from common.machinery.options import (
     DistillationOptions, cli, complete, option, parse_config, require,
 )
@@ -206,12 +206,12 @@ def make_student(teacher, prediction="edm"):
 
 
 def save_student(path, student, teacher, dataset, prediction="edm"):
-    """student-N.pt; with EDM's prediction it is a teacher for any script. diffusers: a folder."""
+    """With EDM's prediction the student is a teacher for any script. diffusers: a folder."""
     if prediction == "edm" or teacher.arch == "diffusers":
         save_teacher(path, student, teacher.arch, teacher.kwargs, dataset)
     else:
         kind = f"{prediction}-predicting student"
-        save_checkpoint(path, kind, {"weights": student.state_dict()})
+        save_weights(path, kind, student.state_dict())
 
 
 def read_student(path, teacher, prediction="edm"):
@@ -229,7 +229,7 @@ def stages_of(config):
 
 
 def train(config, run=None, teacher=None, stream=None):
-    """Distil stage after stage, each leaves student-N.pt in --out. Returns the last student."""
+    """Distil stage after stage: student-N.safetensors in --out. Returns the last student."""
     run = run or Run("progressive", config)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
@@ -272,7 +272,7 @@ def train(config, run=None, teacher=None, stream=None):
             torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
             optimizer.step()
             if step == updates - 1 and run.rank == 0:
-                path = run.out / f"student-{n}.pt"
+                path = run.out / f"student-{n}.safetensors"
                 save_student(path, student, teacher, config.dataset, config.prediction)
     return student
 
@@ -313,7 +313,7 @@ def main():
     students = {}
     for n, _ in stages_of(config):
         if n in config.nfe:
-            path = run.out / f"student-{n}.pt"
+            path = run.out / f"student-{n}.safetensors"
             students["pd", n] = read_student(path, teacher, config.prediction)
     samplers = make_samplers(config, teacher, students)
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.datasets import ASSETS, Stream, evenly, fingerprint, load_dataset, to_float
 from common.machinery.files import (
-    BAR, cache_dir, load_checkpoint, locked, pretrained, save_checkpoint,
+    BAR, cache_dir, load_weights, locked, pretrained, save_weights,
 )
 from common.machinery.memory import words_for
 from common.machinery.options import DATASETS, cli, option, parse_config
@@ -38,7 +38,7 @@ PURPOSE = {  # of a seed
 }
 BATCH_SIZE, LR, WEIGHT_DECAY = 128, 5e-3, 0.5
 IMAGENET_MEAN_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision's
-SHIPPED = {(name, 0): ASSETS / f"{name}-classifier.pt" for name in ("digits", "mnist")}
+SHIPPED = {(name, 0): ASSETS / f"{name}-classifier.safetensors" for name in ("digits", "mnist")}
 
 # ------------------------------------------------------------------------------ networks
 
@@ -265,17 +265,17 @@ def train_classifier(dataset_name, seed=0, device="cpu", data_dir=None, steps=No
 
 
 def save_classifier(path, net, share):
-    """Write a checkpoint: weights in fp16, the architecture and the accuracy."""
+    """Write safetensors: weights in fp16; the architecture and the accuracy as metadata."""
     weights = net.cpu().state_dict()
     weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    save_checkpoint(path, "classifier", {"arch": net.arch, "accuracy": share, "weights": weights})
+    save_weights(path, "classifier", weights, arch=net.arch, accuracy=share)
 
 
 def read_classifier(path, device):
-    """Read a checkpoint -> Classifier in eval mode, without gradients. Raises UsageError."""
-    state = load_checkpoint(path, "classifier")
-    net = Classifier(**state["arch"])
-    net.load_state_dict(state["weights"])
+    """A file of `save_classifier` -> Classifier in eval mode, without gradients, or UsageError."""
+    about, weights = load_weights(path, "classifier")
+    net = Classifier(**about["arch"])
+    net.load_state_dict(weights)
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -288,7 +288,7 @@ def load_classifier(dataset_name, device, seed=0, data_dir=None, steps=None):
         return read_classifier(SHIPPED[dataset_name, seed], device)
     short = f"-steps{steps}" if steps else ""
     data = f"{dataset_name}{fingerprint(dataset_name, data_dir)}"
-    path = cache_dir() / f"{data}-classifier-seed{seed}{short}.pt"
+    path = cache_dir() / f"{data}-classifier-seed{seed}{short}.safetensors"
     with locked(path):
         if not path.exists():
             save_classifier(path, *train_classifier(dataset_name, seed, device, data_dir, steps))

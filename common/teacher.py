@@ -23,8 +23,8 @@ from common.diffusion import Denoiser, expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
 from common.machinery.claims import check_network
 from common.machinery.diffusers_teachers import is_diffusers, load_diffusers
-from common.machinery.files import cache_dir, load_checkpoint, save_checkpoint
-from common.machinery.flow_teachers import FlowDenoiser, flow_state
+from common.machinery.files import cache_dir, load_weights, save_weights
+from common.machinery.flow_teachers import FlowDenoiser
 from common.machinery.options import (
     TrainingOptions,
     cli,
@@ -40,7 +40,7 @@ from common.machinery.run import Run
 from common.solvers import heun
 
 ARCHS = {"ddpmpp": unet.ddpmpp, "ncsnpp": unet.ncsnpp, "adm": unet.adm}
-SHIPPED = {name: ASSETS / f"{name}-teacher.pt" for name in ("digits", "mnist")}
+SHIPPED = {name: ASSETS / f"{name}-teacher.safetensors" for name in ("digits", "mnist")}
 PUBLIC = {  # where none was trained here
     "cifar10": "edm-cifar10-32x32-uncond-vp",
     "imagenet64": "edm-imagenet-64x64-cond-adm",
@@ -50,7 +50,7 @@ PUBLIC = {  # where none was trained here
 
 
 def save_teacher(path, denoiser, arch, kwargs, dataset, half=False):
-    """Write what `load_teacher` reads: the constructor's arguments and the weights (`half`: fp16).
+    """Write what `load_teacher` reads, in safetensors: weights (`half`: fp16), how to build it.
 
     A student of the same shape as its teacher is written with `teacher.arch, teacher.kwargs`; a
     model of diffusers into a folder, of that name without its suffix.
@@ -60,21 +60,16 @@ def save_teacher(path, denoiser, arch, kwargs, dataset, half=False):
     weights = denoiser.state_dict()
     if half:
         weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    state = {"arch": arch, "kwargs": kwargs, "sigma_data": denoiser.sigma_data}
+    about = {"arch": arch, "kwargs": kwargs, "sigma_data": denoiser.sigma_data}
     if isinstance(denoiser, FlowDenoiser):
-        state["flow"] = {"phi": denoiser.phi}
-    save_checkpoint(path, "teacher", {**state, "dataset": dataset, "weights": weights})
+        about["flow"] = {"phi": denoiser.phi}
+    save_weights(path, "teacher", weights, **about, dataset=dataset)
 
 
 def read_teacher(path):
-    """A file of `save_teacher`, or cud.py's checkpoint -> Denoiser on the CPU, or UsageError."""
-    state = load_checkpoint(path)
-    if state["fewstep"] == "cud":
-        state = flow_state(state, path)
-    elif state["fewstep"] != "teacher":
-        kind = state["fewstep"]
-        raise UsageError(f"--teacher {path}: this is a {kind} checkpoint, not a teacher")
-    return _build(state, path)
+    """A file of `save_teacher` -> Denoiser on the CPU. Raises UsageError."""
+    about, weights = load_weights(path, "teacher")
+    return _build({**about, "weights": weights}, path)
 
 
 def _check(state, path):
@@ -109,13 +104,13 @@ def _build(state, path):
 def load_student(path, student, kind="teacher"):
     """`student` with the weights that `save_teacher` wrote to `path`, frozen.
 
-    Raises UsageError: no such file, another `kind` of checkpoint, weights of another network.
+    Raises UsageError: no such file, another `kind` of file, weights of another network.
     """
     if getattr(student, "arch", None) == "diffusers":
         student.load(path)
     else:
         try:
-            student.load_state_dict(load_checkpoint(path, kind)["weights"])
+            student.load_state_dict(load_weights(path, kind)[1])
         except RuntimeError:
             raise UsageError(f"{path}: the weights of a student of another teacher") from None
     return student.requires_grad_(False)
@@ -123,13 +118,13 @@ def load_student(path, student, kind="teacher"):
 
 def teacher_path(dataset, data_dir=None):
     """Where the teacher trained here on `dataset` is cached."""
-    return cache_dir() / f"{dataset}{fingerprint(dataset, data_dir)}-teacher.pt"
+    return cache_dir() / f"{dataset}{fingerprint(dataset, data_dir)}-teacher.safetensors"
 
 
 def load_teacher(spec, dataset, device, data_dir=None):
     """One call gives a teacher: a frozen `Denoiser` on `device`, in eval mode.
 
-    spec: path of a checkpoint of `common.teacher`, of a student's, or of cud.py's; or path, URL or
+    spec: a .safetensors of `common.teacher`, of a student or of cud.py's velocity; or path, URL or
     short name of a public EDM .pkl, which is never executed; or a folder or a hub name of a model
     of diffusers; or None: the shipped teacher, else the one trained and cached here, else the
     public one. Raises UsageError when there is none, saying how to get it, or when its
@@ -241,7 +236,9 @@ def new_network(config, data, **changes):
         **changes,
     }
     try:
-        return ARCHS[config.arch](**kwargs), kwargs
+        net = ARCHS[config.arch](**kwargs)
+        net.kwargs = kwargs
+        return net, kwargs
     except ValueError as error:
         halved = "cannot be halved" in str(error)
         mult = " ".join(map(str, levels_for(data.resolution)[0]))
@@ -348,7 +345,7 @@ def train(config):
         ema_update(ema, denoiser, ema_decay(seen, config.batch_size, config.ema_images))
 
     cached = teacher_path(config.dataset, config.data_dir)
-    path = Path(config.save or (run.out / "teacher.pt" if config.smoke else cached))
+    path = Path(config.save or (run.out / "teacher.safetensors" if config.smoke else cached))
     if run.rank == 0:
         save_teacher(path, ema, config.arch, kwargs, config.dataset, config.half)
         run.say(f"teacher saved to {path}")

@@ -66,9 +66,9 @@ def networks():
     ], [
         Job(
             "pd + gdd-i", "", "pd+gdd-i",
-            f"distributional.py --teacher OUT/pd/student-1.pt --nfe 1 --eval-n {N}",
+            f"distributional.py --teacher OUT/pd/student-1.safetensors --nfe 1 --eval-n {N}",
         ),
-        Job("cud + pd", "", "cud+pd", "progressive.py --teacher OUT/cud/checkpoint.pt"),
+        Job("cud + pd", "", "cud+pd", "progressive.py --teacher OUT/cud/velocity.safetensors"),
     ]
 
 
@@ -97,12 +97,12 @@ def scalars_on_networks(seed):
     """D-ODE on students with as many steps, on their own grid, and on CUD's velocity."""
     jobs = []
     for method, steps in ("pd", 2), ("cfd", 2), ("pd", 4), ("cfd", 4), ("pd", 8):
-        command = f"dode.py --teacher OUT/{method}/student-{steps}.pt --solver ddim --grid cosine"
-        command += f" --nfe {steps} --seed {seed}"
+        teacher = f"--teacher OUT/{method}/student-{steps}.safetensors"
+        command = f"dode.py {teacher} --solver ddim --grid cosine --nfe {steps} --seed {seed}"
         about = f"{method} + d-ode", f"{steps}-step student", f"{method}{steps}+d-ode-seed{seed}"
         jobs.append(Job(*about, command))
     for nfe in (2, 3, 4) if seed == 0 else ():
-        command = "dode.py --teacher OUT/cud/checkpoint.pt --solver ddim ipndm --grid logsnr"
+        command = "dode.py --teacher OUT/cud/velocity.safetensors --solver ddim ipndm --grid logsnr"
         jobs.append(Job("cud + d-ode", "logsnr", f"cud+d-ode-nfe{nfe}", f"{command} --nfe {nfe}"))
     return jobs
 
@@ -113,11 +113,11 @@ def grids_on_networks(nfe):
     students = [("pd", 2, 2), ("cfd", 2, 2), ("pd", 4, 3), ("cfd", 4, 3), ("pd", 8, 4)]
     for method, steps, right_nfe in students:
         if right_nfe == nfe:
-            teacher = f"--teacher OUT/{method}/student-{steps}.pt"
+            teacher = f"--teacher OUT/{method}/student-{steps}.safetensors"
             about = f"{method} + ld3", f"{steps}-step student", f"{method}{steps}+ld3-nfe{nfe}"
             jobs.append(Job(*about, f"ld3.py {teacher} --solver euler {HARD} --nfe {nfe}"))
     if nfe <= 4:
-        command = f"ld3.py --teacher OUT/cud/checkpoint.pt --solver ipndm {HARD} --nfe {nfe}"
+        command = f"ld3.py --teacher OUT/cud/velocity.safetensors --solver ipndm {HARD} --nfe {nfe}"
         jobs.append(Job("cud + ld3", "", f"cud+ld3-nfe{nfe}", command))
     return jobs
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cfd
 import progressive
@@ -189,7 +190,7 @@ def tiny_config(tiny, out, **more):  # noqa: F811
 
 
 def stage_weights(folder, n):
-    return torch.load(Path(folder) / f"student-{n}.pt", weights_only=True)["weights"]
+    return load_file(Path(folder) / f"student-{n}.safetensors")
 
 
 def test_pd_first_then_features(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -345,8 +346,8 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path):
         "fid.png",
         "log.jsonl",
         "checkpoint.pt",
-        "student-2.pt",
-        "student-1.pt",
+        "student-2.safetensors",
+        "student-1.safetensors",
     }
 
 
@@ -386,7 +387,7 @@ def test_with_pd_both_are_measured(monkeypatch, tmp_path, tiny):  # noqa: F811
 @pytest.mark.parametrize(
     "prediction, other, said",
     [
-        ("v", False, "v-predicting student checkpoint, not a teacher"),
+        ("v", False, "holds a v-predicting student, not a teacher"),
         ("edm", True, "another teacher"),
     ],
 )
@@ -405,7 +406,7 @@ def test_pd_of_another_kind_is_refused(
             prediction=prediction,
         )
     )
-    with pytest.raises(UsageError, match=f"student-2.pt.*{said}"):
+    with pytest.raises(UsageError, match=f"student-2.safetensors.*{said}"):
         run_main(
             monkeypatch,
             "--smoke",
@@ -429,7 +430,7 @@ def test_pd_of_another_kind_is_refused(
         (["--beta", "-1"], ["--beta -1"]),
         (["--gamma", "1.5"], ["--gamma 1.5"]),
         (["--classifier", "clip"], ["classifier", "clip"]),
-        (["--pd", "NOWHERE"], ["student-8.pt"]),
+        (["--pd", "NOWHERE"], ["student-8.safetensors"]),
         (["--nfe", "5"], ["--nfe 5"]),
         (["--teacher", "FOREIGN"], ["foreign.pt"]),
         (["--dataset", "cifar10"], ["teacher", "cifar10"]),

@@ -21,7 +21,7 @@ from common.classifier import (
     train_classifier,
 )
 from common.datasets import ASSETS, Dataset, load_dataset, to_float
-from common.machinery.files import load_checkpoint, save_checkpoint
+from common.machinery.files import load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -34,9 +34,9 @@ def shipped():
 def test_the_shipped_classifier_recognises_held_out_digits(shipped):
     share = accuracy(shipped, load_dataset("digits", "test"))
     assert share >= 0.975
-    stored = load_checkpoint(ASSETS / "digits-classifier.pt")
+    stored, _ = load_weights(ASSETS / "digits-classifier.safetensors", "classifier")
     assert share == stored["accuracy"]  # fp16 on disk changed nothing
-    assert (ASSETS / "digits-classifier.pt").stat().st_size < 300_000
+    assert (ASSETS / "digits-classifier.safetensors").stat().st_size < 300_000
     assert not shipped.training and not any(p.requires_grad for p in shipped.parameters())
 
 
@@ -48,7 +48,8 @@ def test_what_ships_of_mnist_needs_no_images(monkeypatch):
     assert features.shape == (2000, 128)
     np.testing.assert_allclose(features.double().mean(0), mu, atol=0.05)
     assert (extractor.name, n) == ("mnist-classifier", 60_000)
-    assert load_checkpoint(ASSETS / "mnist-classifier.pt")["accuracy"] >= 0.99
+    stored, _ = load_weights(ASSETS / "mnist-classifier.safetensors", "classifier")
+    assert stored["accuracy"] >= 0.99
     with torch.no_grad():  # the classifier sees all ten digits, equally often, in these moments
         head = load_classifier("mnist", "cpu").head.double()
         assert head(torch.from_numpy(mu)).softmax(0).max() < 0.2
@@ -300,8 +301,8 @@ def test_a_file_gives_back_the_same_net(tmp_path):
     again = read_classifier(tmp_path / "net.pt", "cpu")
     x = to_float(load_dataset("digits").images[:5])
     assert all(torch.equal(a, b) for a, b in zip(net(x), again(x)))
-    save_checkpoint(tmp_path / "other.pt", "teacher", {})
-    with pytest.raises(UsageError, match="teacher checkpoint, not a classifier"):
+    save_weights(tmp_path / "other.pt", "teacher", {})
+    with pytest.raises(UsageError, match="holds a teacher, not a classifier"):
         read_classifier(tmp_path / "other.pt", "cpu")
 
 
@@ -363,4 +364,4 @@ def test_the_command_trains_and_writes(tmp_path, monkeypatch, capsys):
     assert "no held-out images" in printed and "%" not in printed
     monkeypatch.setattr("sys.argv", ["classifier", *argv])
     classifier.main()
-    assert list((tmp_path / "cache").glob("folder-*-classifier-seed0.pt"))
+    assert list((tmp_path / "cache").glob("folder-*-classifier-seed0.safetensors"))

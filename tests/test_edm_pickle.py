@@ -94,7 +94,7 @@ def test_a_genuine_pickle_gives_the_same_denoiser(
         assert loaded.arch == arch
         assert loaded.net.label_dim == label_dim and loaded.net.augment_dim == augment_dim
         assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    copies = list(cache.glob("edm-*.pt"))
+    copies = list(cache.glob("edm-*.safetensors"))
     assert len(copies) == 1
     copy = load_teacher(str(copies[0]), "folder", CPU)
     assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), original.parameters()))
@@ -110,7 +110,7 @@ def test_weights_in_any_dense_order_are_read(arch, layout, protocol, tmp_path, c
     if layout != "float64":
         weights = value["ema"]._modules["model"]._modules["map_layer0"]._parameters
         assert weights["weight"].is_contiguous() == (layout == "channels_last")
-    found = read_edm_pickle(written(tmp_path, dump(value, protocol)))["weights"]
+    found = read_edm_pickle(dump(value, protocol), "edm.pkl")["weights"]
     for name, weight in original.state_dict().items():
         assert torch.equal(found[name].float(), weight) and found[name].is_contiguous()
 
@@ -128,12 +128,13 @@ def test_all_five_public_configurations_fit_strictly(cache, monkeypatch):
             arch = {"positional": "ddpmpp", "fourier": "ncsnpp"}[given["embedding_type"]]
         names = ("img_resolution", "img_channels", "label_dim", "augment_dim", *TAKEN)
         kwargs = {k: given[k] for k in names if k in given}
-        state = {"fewstep": "teacher", "arch": arch, "kwargs": kwargs, "sigma_data": 0.5}
+        state = {"arch": arch, "kwargs": kwargs, "sigma_data": 0.5}
         with torch.device("meta"):
             sizes = {**shapes["parameters"], **shapes["buffers"]}
             state["weights"] = {k: torch.empty(size) for k, size in sizes.items()}
             with monkeypatch.context() as patch:
-                patch.setattr(teachers, "load_checkpoint", lambda *_: state)  # noqa: B023
+                given = state, state["weights"]
+                patch.setattr(teachers, "load_weights", lambda *_: given)  # noqa: B023
                 denoiser = read_teacher(name)
         total = sum(p.numel() for p in denoiser.parameters())
         assert total == shapes["param_count"]
@@ -222,7 +223,7 @@ def test_refused_in_one_line_and_never_executed(case, tmp_path, cache):
     message = str(error.value)
     assert "\n" not in message and len(message) < 500
     assert named in message and path in message
-    assert not list(cache.glob("*.pt"))
+    assert not list(cache.glob("*.safetensors"))
 
 
 def test_a_file_cut_short_anywhere_is_refused(tmp_path, cache):
@@ -335,7 +336,7 @@ def test_arguments_left_out_are_the_defaults(tmp_path, cache):
     """ImageNet-64's pickle does not name what is DhariwalUNet's own default."""
     sizes = {"model_channels": 64, "channel_mult": [1, 1]}
     value, _ = edm_object("adm", label_dim=10, augment_dim=0, **sizes)
-    state = read_edm_pickle(written(tmp_path, value))
+    state = read_edm_pickle(dump(value), "edm.pkl")
     assert state["arch"] == "adm" and state["sigma_data"] == 0.5
     assert "channel_mult_emb" not in state["kwargs"]
     assert state["kwargs"]["model_channels"] == 64 and state["kwargs"]["label_dim"] == 10

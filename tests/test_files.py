@@ -106,7 +106,7 @@ def test_checkpoints_come_back_as_they_were(tmp_path):
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     files.save_checkpoint(tmp_path / "c.pt", "teacher", {})
     assert files.load_checkpoint(tmp_path / "c.pt", "teacher")["fewstep"] == "teacher"
-    with pytest.raises(UsageError, match="c.pt: this is a teacher checkpoint, not a classifier$"):
+    with pytest.raises(UsageError, match="c.pt: a checkpoint of teacher, not of classifier$"):
         files.load_checkpoint(tmp_path / "c.pt", "classifier")
 
 
@@ -120,7 +120,7 @@ class Malice:
         return os.mkdir, (self.path,)
 
 
-def test_foreign_files_are_refused_and_never_executed(tmp_path, monkeypatch):
+def test_foreign_files_are_refused_and_never_executed(tmp_path):
     trap = tmp_path / "executed"
     names = ("raw", "zip", "pt", "list", "text", "empty", "cut")
     paths = {name: tmp_path / name for name in names}
@@ -134,16 +134,12 @@ def test_foreign_files_are_refused_and_never_executed(tmp_path, monkeypatch):
     torch.save({"fewstep": "teacher", "w": torch.zeros(1000)}, whole)
     paths["cut"].write_bytes(whole.getvalue()[:2000])
     for path in [*paths.values(), tmp_path]:
-        pattern = f"^{re.escape(str(path))}: not a checkpoint of this project"
+        pattern = f"^{re.escape(str(path))}: not a checkpoint of this project, or cut short"
         with pytest.raises(UsageError, match=pattern) as error:
             files.load_checkpoint(path)
         one_line(error)
     with pytest.raises(UsageError, match="nowhere.pt: no such checkpoint"):
         files.load_checkpoint(tmp_path / "nowhere.pt")
-    monkeypatch.setattr(files, "check_file", lambda path: None)
-    for name in ("raw", "zip"):  # nor without the check that comes first
-        with pytest.raises(UsageError, match=r"not a checkpoint of this project \(\w+Error\)$"):
-            files.load_checkpoint(paths[name])
     assert not trap.exists()
     pickle.loads(paths["raw"].read_bytes())
     assert trap.exists()  # the trap itself works

@@ -1,9 +1,10 @@
-"""Other files from strangers: our own checkpoints, JSON, npz, images, downsampled ImageNet.
+"""Other files from strangers: networks in safetensors, JSON, npz, images, downsampled ImageNet.
 
 As in test_foreign_pickles: one line, soon, in little memory.
 """
 
 import io
+import json
 import os
 import random
 import struct
@@ -23,7 +24,7 @@ from common.datasets import load_dataset
 from common.diffusion import Denoiser
 from common.fid import load_moments
 from common.machinery.claims import check_shapes
-from common.machinery.files import load_checkpoint, save_checkpoint
+from common.machinery.files import save_weights
 from common.machinery.schedule import load_schedule
 from common.teacher import load_teacher
 
@@ -40,18 +41,18 @@ def read(path):
     return load_teacher(path, "folder", CPU)
 
 
-# ------------------------------------------------------------------------- our own checkpoints
+# -------------------------------------------------------------------------------- safetensors
 
 
 def teacher_file(tmp_path, change=lambda state: None):
-    """A small teacher's checkpoint, of which `change` has altered the state."""
-    path = tmp_path / "teacher.pt"
+    """A small teacher's file, of which `change` has altered what it says."""
+    path = tmp_path / "teacher.safetensors"
     kwargs = dict(model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
     kwargs |= dict(img_resolution=8, img_channels=1)
-    state = {"arch": "ddpmpp", "kwargs": kwargs, "sigma_data": 0.5, "dataset": None}
+    state = {"arch": "ddpmpp", "kwargs": kwargs, "sigma_data": 0.5, "kind": "teacher"}
     state["weights"] = dict(Denoiser(unet.ddpmpp(**kwargs)).state_dict())
     change(state)
-    save_checkpoint(path, state.pop("fewstep", "teacher"), state)
+    save_weights(path, state.pop("kind"), **state)
     return path
 
 
@@ -63,123 +64,110 @@ def weight(value):
     return lambda state: state["weights"].update({"model.map_layer0.bias": value})
 
 
-def without(name):
-    return lambda state: state.pop(name)
+def says(**what):
+    return lambda state: state.update(what)
 
 
 OURS = {
     "num_blocks 10^7": (claims(num_blocks=10**7), "num_blocks is 10000000"),
-    "num_blocks 1000": (claims(num_blocks=1000), "claims 2001 blocks"),
+    "num_blocks 60": (claims(num_blocks=60), "claims 121 blocks"),
     "model_channels 8192": (claims(model_channels=8192), "do not fit"),
     "label_dim 10^6": (claims(label_dim=10**6), "do not fit"),
-    "channel_mult ()": (claims(channel_mult=()), "channel_mult is empty"),
+    "channel_mult ()": (claims(channel_mult=()), "channel_mult is a list, not 1 to 12 "),
+    "13 levels": (claims(channel_mult=[1] * 13), "not 1 to 12 whole numbers"),
     "an unknown argument": (claims(family=None), "unknown argument family"),
     "an argument of another type": (claims(dropout=[0.1]), "dropout is a list"),
-    "a tensor as argument": (claims(num_blocks=torch.tensor(1)), "num_blocks is a Tensor"),
-    "no arguments": (without("kwargs"), "its arguments are a NoneType"),
-    "no weights": (without("weights"), "with 0 weights"),
-    "no kind": (without("arch"), "its network is none of"),
-    "an unknown kind": (lambda s: s.update(arch="dit"), "its network is none of ddpmpp, ncsnpp"),
-    "a pair nested as key": (lambda s: s.update({("a", ("b", 1)): 1}), "a key that is a tuple"),
-    "a list of kinds": (lambda s: s.update(arch=["ddpmpp"]), "not a usable teacher"),
-    "a list of weights": (lambda s: s.update(weights=[1]), "its weights are a list"),
-    "a number as weight": (weight(1.0), "not all tensors"),
+    "dropout NaN": (claims(dropout=float("nan")), "dropout is nan"),
+    "a filter of zeros": (claims(resample_filter=[1, -1]), "resample_filter is all 0"),
+    "patch 0": (claims(patch=0), "patch is 0"),
+    "no arguments": (says(kwargs=None), "its arguments are a NoneType"),
+    "no weights": (says(weights={}), "with 0 weights"),
+    "no kind": (says(arch=None), "its network is none of"),
+    "an unknown kind": (says(arch="dit"), "its network is none of ddpmpp, ncsnpp"),
+    "a list of kinds": (says(arch=["ddpmpp"]), "its network is none of"),
+    "a velocity of phi 7": (says(flow={"phi": 7}), "its phi is not a number from 0 to 1"),
+    "a velocity without phi": (says(flow=[]), "not a usable teacher"),
     "another shape": (weight(torch.zeros(3)), "model.map_layer0.bias: (3,), not (32,)"),
     "a weight too many": (lambda s: s["weights"].update(more=torch.zeros(3)), "more: (3,), not no"),
     "a weight missing": (lambda s: s["weights"].popitem(), "missing, not"),
     "NaN": (weight(torch.full((32,), np.nan)), "map_layer0.bias has values that are not finite"),
     "10^300": (weight(torch.full((32,), 1e300, dtype=torch.float64)), "not finite"),
-    "sigma_data 0": (lambda s: s.update(sigma_data=0), "sigma_data is 0"),
-    "sigma_data 10^300": (lambda s: s.update(sigma_data=10**300), "sigma_data is 1000"),
-    "a kind of many lines": (lambda s: s.update(fewstep="a\n" * 10**6), "no 'fewstep' entry"),
-    "sigma_data a tensor": (lambda s: s.update(sigma_data=torch.tensor(1.0)), "is no number"),
-    "a view of 10^12 values": (
-        weight(torch.zeros(1).expand(10**6, 10**6)), "tensors much larger than the file"),
-    "complex numbers": (weight(torch.zeros(32, dtype=torch.complex64)), "ComplexFloatStorage"),
-    "a sparse tensor": (weight(torch.zeros(2**15, 2**15).to_sparse()), "_rebuild_sparse"),
+    "sigma_data 0": (says(sigma_data=0), "sigma_data is 0"),
+    "sigma_data 10^300": (says(sigma_data=10**300), "sigma_data is 1000"),
+    "sigma_data a text": (says(sigma_data="1"), "is no number"),
+    "another kind of file": (says(kind="classifier"), "it holds a classifier, not a teacher"),
+    "a kind of many lines": (says(kind="a\n" * 10**6), "it holds a a a a"),
 }
 
 
 @pytest.mark.parametrize("case", OURS)
-def test_a_hostile_checkpoint_of_ours_is_refused(case, tmp_path):
+def test_a_hostile_teacher_is_refused(case, tmp_path):
     change, said = OURS[case]
     path = teacher_file(tmp_path, change)
     one_line_refusal(lambda: read(str(path)), said, str(path))
 
 
-def rewritten(path, change, packing=zipfile.ZIP_STORED):
-    """The same zip with change(name, content) in place of each entry's content."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", packing) as archive:
-        for name, content in entries.items():
-            archive.writestr(name, change(name, content))
+def packed(header, data=b"", length=None):
+    """A safetensors file of this header: JSON or anything."""
+    words = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(words) if length is None else length) + words + data
 
 
-def in_place_of_all(code):
-    """A change of a checkpoint: these opcodes as its pickle."""
-    def change(name, content):
-        return pickled(code) if name.endswith("data.pkl") else content
-    return change
+def tensor(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def said_of(text):
+    """The metadata of a file of ours."""
+    return {"__metadata__": {"fewstep": text}}
 
 
 PACKED = {
-    "deflated": (lambda name, content: content, zipfile.ZIP_DEFLATED, "a zip that torch did not"),
-    "os.system": (in_place_of_all(b"cos\nsystem\n" + text("touch x") + b"\x85R"), 0, "os.sys"),
-    "bytearray(2^31)": (
-        in_place_of_all(b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R"), 0, "bytearray"),
-    "another length": (
-        lambda name, content: content[:-1] if name.endswith("/data/0") else content, 0,
-        "a storage of another size"),
-    "a tuple 100,000 deep as key": (
-        in_place_of_all(b"})" + b"\x85" * 100_000 + b"Ns"), 0, "a key that is a tuple"),
-    "a list 50,000 deep": (
-        in_place_of_all(b"]" * 50_000 + b"a" * 49_999), 0, "no 'fewstep'"),
-    "a tuple 300,000 deep as kind of network": (
-        in_place_of_all(
-            b"}" + text("fewstep") + text("teacher") + b"s" + text("arch") + b")"
-            + b"\x85" * 300_000 + b"s"), 0, None),
-    "damaged": (
-        lambda name, content: bytes(9) if name.endswith("data.pkl") else content, 0,
-        "is in no checkpoint"),
-    "no pickle": (lambda name, content: b"", 0, "damaged at byte 0"),
+    "a head of 2^60 bytes": packed(b"{}", length=2**60),
+    "a head that is deep": packed(b'{"a":' * 200_000),
+    "a head that is no JSON": packed(b"{" + b"x" * 10**6),
+    "a tensor beyond the file": packed({"a": tensor([4], 0, 16)}, bytes(4)),
+    "2^40 values in 16 bytes": packed({"a": tensor([2**20, 2**20], 0, 16)}, bytes(16)),
+    "two tensors in one place": packed(
+        {"a": tensor([4], 0, 16), "b": tensor([4], 0, 16)}, bytes(16)),
+    "a negative shape": packed({"a": tensor([-4], 0, 16)}, bytes(16)),
+    "an unknown type": packed({"a": tensor([4], 0, 16, "X32")}, bytes(16)),
+    "no metadata": packed({"a": tensor([4], 0, 16)}, bytes(16)),
+    "deep metadata": packed(said_of("[" * 200_000)),
+    "metadata that is a list": packed(said_of("[1]")),
+    "metadata of 10^5000": packed(said_of('{"kind": 1%s}' % ("0" * 5000))),
+    "a pickle": b"\x80\x04cos\nsystem\nX\x07\x00\x00\x00touch x\x85R.",
+    "empty": b"",
+    "zeros": bytes(10**6),
 }
 
 
 @pytest.mark.parametrize("case", PACKED)
-def test_a_zip_that_torch_would_fill_memory_with_is_refused(case, tmp_path):
-    change, packing, said = PACKED[case]
-    path = teacher_file(tmp_path)
-    rewritten(path, change, packing)
-    one_line_refusal(lambda: read(str(path)), said or "its network is none of", str(path))
-    if said:
-        one_line_refusal(lambda: load_checkpoint(path), said, str(path))
+def test_what_is_no_safetensors_of_ours_is_refused(case, tmp_path):
+    path = write(tmp_path, PACKED[case], "a.safetensors")
+    one_line_refusal(lambda: read(path), path, "not a teacher in safetensors")
 
 
-def test_a_zip_with_two_pickles_is_refused(tmp_path):
-    """Which of them torch would read, zipfile cannot know."""
-    path = teacher_file(tmp_path)
-    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
-        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        archive.writestr(name, archive.read(name))
-    one_line_refusal(lambda: read(str(path)), "a zip that torch did not write")
-
-
-def test_other_files_as_checkpoints(tmp_path):
-    path = teacher_file(tmp_path)
-    whole = path.read_bytes()
-    os.mkfifo(tmp_path / "pipe.pt")
-    one_line_refusal(lambda: read(str(tmp_path / "pipe.pt")), "not a file")
-    for name, data in {
-        "cut": whole[:-100],
-        "half": whole[: len(whole) // 2],
-        "empty": b"",
-        "zeros": bytes(10**6),
-        "shifted": b"more" + whole,
-    }.items():
+def test_other_files_as_teachers(tmp_path):
+    whole = teacher_file(tmp_path).read_bytes()
+    parts = {"cut": whole[:-100], "half": whole[: len(whole) // 2], "long": whole + b" "}
+    for name, data in parts.items():
         one_line_refusal(lambda: read(write(tmp_path, data, f"{name}.pt")), name)  # noqa: B023
-    torch.save({"fewstep": "teacher"}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    one_line_refusal(lambda: read(str(tmp_path / "old.pt")), "old.pt: not a checkpoint")
+    torch.save({"fewstep": "teacher"}, tmp_path / "old.pt")
+    one_line_refusal(lambda: read(str(tmp_path / "old.pt")), "old.pt: not a teacher in safetensors")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pkl", "a.json"])
+def test_pipes_devices_and_holes_are_refused(name, tmp_path):
+    """Not waited for, and not read into memory."""
+    example = torch.tensor([80.0, 1.0, 0.0], dtype=torch.float64)
+    call = (lambda path: load_schedule(path, example)) if name == "a.json" else read
+    os.mkfifo(tmp_path / name)
+    os.symlink("/dev/zero", tmp_path / f"zero{name}")
+    (tmp_path / f"hole{name}").touch()
+    os.truncate(tmp_path / f"hole{name}", 2**31 - 1)
+    for file, said in ((name, "not a file"), (f"zero{name}", "not a file"), (f"hole{name}", "it ")):
+        one_line_refusal(lambda: call(str(tmp_path / file)), said, file)  # noqa: B023
 
 
 @pytest.mark.parametrize("make", [unet.ddpmpp, unet.ncsnpp, unet.adm])
@@ -191,32 +179,6 @@ def test_a_claim_is_checked_without_random_draws(make):
     before = torch.get_rng_state()
     check_shapes(make, kwargs, shapes)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_checkpoints_of_every_kind_of_tensor_are_read(tmp_path):
-    state = {
-        "half": torch.ones(3).half(),
-        "bool": torch.tensor(True),
-        "bytes": torch.get_rng_state(),
-        "bfloat16": torch.ones(3, dtype=torch.bfloat16),
-        "channels_last": torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last),
-        "row": torch.rand(5, 6)[:, 2],
-        "expanded": torch.ones(1).expand(9, 9),
-        "parameter": torch.nn.Parameter(torch.ones(2)),
-        "state": torch.nn.Linear(2, 3).state_dict(),
-        "none": torch.zeros(0, 3),
-        "shape": torch.Size([1, 2]),
-        ("ddim", 4): {"a", 7},
-        0: [1.5, None, -(10**30), (True,)],
-    }
-    save_checkpoint(tmp_path / "a.pt", "mine", {"all": state})
-    back = load_checkpoint(tmp_path / "a.pt", "mine")["all"]
-    for name, value in state.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(back[name], value) and back[name].dtype == value.dtype
-            assert back[name].stride() == value.stride()
-        elif name != "state":
-            assert back[name] == value
 
 
 # ---------------------------------------------------------------------------------- JSON and npz

@@ -208,7 +208,7 @@ TABLE = {  # the cases of issue 13: how the file is made, what its refusal says
     "stride 0": (lambda: weight_of((2**14, 2**14), (0, 0)), "stride (0, 0)"),
     "model_channels 2048": (lambda: claim("model_channels", 2048), "do not fit"),
     "num_blocks 10^7": (lambda: claim("num_blocks", 10**7), "num_blocks is 10000000"),
-    "num_blocks 1000": (lambda: claim("num_blocks", 1000), "claims 2001 blocks"),
+    "num_blocks 1000": (lambda: claim("num_blocks", 1000), "num_blocks is 1000"),
     "label_dim 10^9": (lambda: claim("label_dim", 10**9), "label_dim is 1000000000"),
     "label_dim 10^6": (lambda: claim("label_dim", 10**6), "do not fit"),
     "__setstate__ of a tensor": (
@@ -231,7 +231,7 @@ TABLE = {  # the cases of issue 13: how the file is made, what its refusal says
     "a tuple 300,000 deep": (
         lambda: beside(b"N", key=b")" + b"\x85" * 300_000), "a key that is a tuple",
     ),
-    "channel_mult []": (lambda: claim("channel_mult", []), "channel_mult is empty"),
+    "channel_mult []": (lambda: claim("channel_mult", []), "channel_mult is a list"),
     "channel_mult_emb 0": (
         lambda: claim("channel_mult_emb", 0, arch="adm", model_channels=64, channel_mult=[1]),
         "channel_mult_emb is 0",
@@ -254,7 +254,7 @@ MORE = {
     "a doubled list as sigma_data": (
         lambda: planted(doubled(), lambda v: setattr(v["ema"], "sigma_data", HERE)), "sigma_data"),
     "300,000 resolutions": (
-        lambda: planted_claim("attn_resolutions", b"](" + b"K\x08" * 300_000 + b"e"), "at most 12"),
+        lambda: planted_claim("attn_resolutions", b"](" + b"K\x08" * 300_000 + b"e"), "0 to 12"),
     "opcodes without end": (lambda: beside(MANY), "more opcodes"),
     "an endless name": (lambda: pickled(b"c" + b"x" * 10**6), "a name that is too long"),
     "2 MiB of wide text": (
@@ -290,9 +290,9 @@ MORE = {
     "text for a number": (lambda: claim("model_channels", "8"), "model_channels is 8, not a whole"),
     "dropout nan": (lambda: claim("dropout", float("nan")), "dropout is nan"),
     "a filter of zeros": (lambda: claim("resample_filter", [0, 0]), "resample_filter"),
-    "a filter of 3": (lambda: claim("resample_filter", [1, 1, 1]), "2, 4, 6 or 8"),
+    "a filter of 3": (lambda: claim("resample_filter", [1, 1, 1]), "2 to 8 numbers"),
     "resolution 10^12": (lambda: claim("img_resolution", 10**12), "img_resolution is 10000"),
-    "13 levels": (lambda: claim("channel_mult", [1] * 13), "at most 12"),
+    "13 levels": (lambda: claim("channel_mult", [1] * 13), "1 to 12"),
     "an odd resolution": (
         lambda: claim("img_resolution", 17, channel_mult=[1, 2]), "cannot be halved"),
     "sigma_data 0": (lambda: sigma_data(0.0), "sigma_data"),
@@ -368,7 +368,7 @@ def test_a_hostile_pickle_is_refused(case, tmp_path, cache):
         assert not found.error and found.mib < 300, found
     else:
         one_line_refusal(lambda: read(path), said, path)
-        assert not list(cache.glob("*.pt"))
+        assert not list(cache.glob("*.safetensors"))
 
 
 @pytest.mark.slow
@@ -390,7 +390,7 @@ def test_files_that_are_none(tmp_path):
         file.truncate(10**11)
     for name, said in (
         ("pipe", "not a file"),
-        ("folder", "not a file"),
+        ("folder", "Is a directory"),
         ("empty", "0 bytes"),
         ("sparse", "100,000,000,000 bytes"),
         ("none", "No such file"),
@@ -415,10 +415,10 @@ def test_nothing_of_a_hostile_storage_is_kept_for_torch(tmp_path):
 def test_a_mended_reader_converts_again(tmp_path, cache, monkeypatch):
     path = write(tmp_path, dump(edm()))
     read(path)
-    (old,) = cache.glob("*.pt")
+    (old,) = cache.glob("*.safetensors")
     monkeypatch.setattr(public_teachers, "READER", edm_pickle.READER + 1)
     read(path)
-    assert len(list(cache.glob("*.pt"))) == 2 and old.exists()
+    assert len(list(cache.glob("*.safetensors"))) == 2 and old.exists()
 
 
 # ------------------------------------------------------------------------------------- a fuzz run

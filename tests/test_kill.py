@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import progressive
 from common import UsageError
@@ -254,7 +255,7 @@ OPTIONS = {
 
 def options_of(method, out, tiny, resume=False):
     more = {} if method in ("cud", "common.teacher") else {"teacher": tiny}
-    save = {"save": f"{out}/teacher.pt"} if method == "common.teacher" else {}
+    save = {"save": f"{out}/teacher.safetensors"} if method == "common.teacher" else {}
     given = {"out": str(out), "device": "cpu", "resume": resume, "seed": 3}
     return {**OPTIONS[method], **more, **save, **given}
 
@@ -280,7 +281,8 @@ def left_behind(out):
 
     The checkpoint has weights, averages, optimizers and random generators.
     """
-    return {path.name: load_checkpoint(path) for path in sorted(Path(out).glob("*.pt"))}
+    found = {path.name: load_checkpoint(path) for path in sorted(Path(out).glob("*.pt"))}
+    return found | {path.name: load_file(path) for path in Path(out).glob("*.safetensors")}
 
 
 def same(whole, out):
@@ -401,7 +403,7 @@ def config_of(out, **more):
 
 def test_a_run_sweeps_its_folder(tmp_path):
     """Half-written files of killed runs go; a checkpoint, other files and other folders stay."""
-    left = ("checkpoint.pt.123.part", "student-2.pt.7.part")
+    left = ("checkpoint.pt.123.part", "student-2.safetensors.7.part")
     for name in (*left, "checkpoint.pt", "my.parts", "below/student.1.part"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("half")

@@ -185,11 +185,11 @@ ROWS = {
 FILES = {
     "ld3": ["grids.png", "schedule.json"],
     "dode": ["lambdas.png", "lambdas.json"],
-    "progressive": ["fid.png", "student-1.pt"],
-    "cfd": ["fid.png", "student-1.pt"],
+    "progressive": ["fid.png", "student-1.safetensors"],
+    "cfd": ["fid.png", "student-1.safetensors"],
     "cud": ["fid.png"],
     "distributional": ["losses.png"],
-    "common.teacher": ["teacher.pt"],
+    "common.teacher": ["teacher.safetensors"],
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import progressive
@@ -310,7 +311,7 @@ def test_trained_on_one_gaussian_it_is_the_exact_map(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(teacher.parameters(), exact.parameters())
     )  # not trained
-    two = torch.load(tmp_path / "student-2.pt", weights_only=True)["weights"]
+    two = load_file(tmp_path / "student-2.safetensors")
     middle = copy.deepcopy(exact)
     middle.load_state_dict(two)
     ours = euler(middle, 80 * noise, progressive.ddim_levels(2, 80.0))
@@ -389,9 +390,9 @@ def test_resumed_training_equals_an_uninterrupted_one_bitwise(tiny, tmp_path, mo
     assert run.restored["step"] == 7
     resumed = progressive.train(config, run)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
-    for name in ("student-2.pt", "student-1.pt"):
+    for name in ("student-2.safetensors", "student-1.safetensors"):
         a, b = (
-            torch.load(tmp_path / folder / name, weights_only=True)["weights"]
+            load_file(tmp_path / folder / name)
             for folder in ("whole", "cut")
         )
         assert all(torch.equal(a[key], b[key]) for key in a)
@@ -409,11 +410,12 @@ def test_another_prediction_starts_near_the_teacher_where_noise_is_low(tiny, pre
 
 
 def test_every_stage_starts_from_the_one_before(tiny, tmp_path):
-    """The second stage alone, with --teacher student-2.pt, begins where the first one ended."""
+    """The second stage alone, from the 2-step student, begins where the first one ended."""
     progressive.train(tiny_config(tiny, tmp_path / "run"))
     targets, original = [], progressive.two_step_target
-    student = load_teacher(str(tmp_path / "run" / "student-2.pt"), "digits", torch.device("cpu"))
-    config = tiny_config(str(tmp_path / "run" / "student-2.pt"), tmp_path / "part", from_steps=2)
+    path = str(tmp_path / "run" / "student-2.safetensors")
+    student = load_teacher(path, "digits", torch.device("cpu"))
+    config = tiny_config(path, tmp_path / "part", from_steps=2)
     assert progressive.stages_of(config) == [(1, 8)]
 
     def spy(teacher, x, *levels):
@@ -577,8 +579,8 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path, capsys):
         "fid.png",
         "log.jsonl",
         "checkpoint.pt",
-        "student-2.pt",
-        "student-1.pt",
+        "student-2.safetensors",
+        "student-1.safetensors",
     }
     by_name = {(r["name"], r["nfe"]): r["rmse_to_teacher"] for r in metrics["results"]}
     assert by_name["ddim", 4] < by_name["ddim", 1] and by_name["teacher", 35] == 0
@@ -591,7 +593,7 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path, capsys):
 
 def test_a_student_can_be_sampled_later(monkeypatch, tmp_path, tiny):
     run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "a", "--teacher", tiny)
-    student = tmp_path / "a" / "student-1.pt"
+    student = tmp_path / "a" / "student-1.safetensors"
     run_main(
         monkeypatch,
         "--smoke",
@@ -628,7 +630,7 @@ def test_a_network_of_another_prediction_is_no_teacher(monkeypatch, tmp_path, ti
     rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert [r["nfe"] for r in rows if r["name"] == "pd"] == [4, 2, 1]
     with pytest.raises(UsageError, match="eps-predicting student"):
-        load_teacher(str(tmp_path / "student-1.pt"), "digits", torch.device("cpu"))
+        load_teacher(str(tmp_path / "student-1.safetensors"), "digits", torch.device("cpu"))
     with pytest.raises(UsageError):
         progressive.read_student(
             tmp_path / "nothing.pt", load_teacher(tiny, "digits", torch.device("cpu"))
@@ -722,7 +724,7 @@ def test_two_ranks_train_as_one(tmp_path, tiny):
             check=True,
             capture_output=True,
         )
-    for name in ("student-2.pt", "student-1.pt"):
-        a, b = (torch.load(tmp_path / str(k) / name, weights_only=True)["weights"] for k in (1, 2))
+    for name in ("student-2.safetensors", "student-1.safetensors"):
+        a, b = (load_file(tmp_path / str(k) / name) for k in (1, 2))
         for key in a:
             torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)

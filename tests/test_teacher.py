@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import cud
@@ -18,7 +19,7 @@ from common import UsageError, teacher
 from common.datasets import load_dataset, to_float
 from common.diffusion import Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
 from common.machinery import public_teachers
-from common.machinery.files import load_checkpoint, save_checkpoint
+from common.machinery.files import load_checkpoint, load_weights, save_weights
 from common.machinery.run import Run
 from common.solvers import heun
 from common.unet import ddpmpp
@@ -92,7 +93,7 @@ def test_ema_decay():
 
 def train(out, **options):
     return teacher.train(
-        teacher.Config(out=str(out), save=str(out / "teacher.pt"), **{**TINY, **options})
+        teacher.Config(out=str(out), save=str(out / "teacher.safetensors"), **{**TINY, **options})
     )
 
 
@@ -135,7 +136,7 @@ def test_the_rate_rises_linearly_then_falls_to_0(tmp_path, monkeypatch):
 
 
 def weights(path):
-    return load_checkpoint(path)["weights"]
+    return load_file(path)
 
 
 def test_resumed_training_equals_an_uninterrupted_one_bitwise(tmp_path, monkeypatch):
@@ -161,7 +162,7 @@ def test_resumed_training_equals_an_uninterrupted_one_bitwise(tmp_path, monkeypa
     for a, b in zip(whole["optimizer"]["state"].values(), cut["optimizer"]["state"].values()):
         assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
     assert whole["stream"] == cut["stream"] == {"position": 12 * 16}
-    whole, cut = (weights(tmp_path / d / "teacher.pt") for d in ("whole", "cut"))
+    whole, cut = (weights(tmp_path / d / "teacher.safetensors") for d in ("whole", "cut"))
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
 
 
@@ -195,16 +196,15 @@ def test_saved_teacher_reads_back_in_both_precisions(tmp_path):
 
 @pytest.mark.parametrize("options", [dict(shakedrop=True, phi=0.2, conditional=True), {}])
 def test_the_velocity_of_cud_is_a_teacher(tmp_path, options):
-    """Its checkpoint as D = z - t v(z, t), with z = x / (1 + sigma), t = sigma / (1 + sigma)."""
+    """As D = z - t v(z, t), with z = x / (1 + sigma), t = sigma / (1 + sigma)."""
     given = dict(TINY, independent=True, distill_steps=1, distill_n=8, steps=1, out=str(tmp_path))
     config = cud.Config(**given, rk="23", **options)
     nets = cud.train(config)
-    path = tmp_path / "checkpoint.pt"
-    saved, generator = load_checkpoint(path), torch.Generator().manual_seed(0)
-    for weights in saved["parts"]["emas"].values():  # not as small as at the start
+    path, generator = tmp_path / "velocity.safetensors", torch.Generator().manual_seed(0)
+    assert path.exists()
+    for weights in nets["cud"].parameters():  # not as small as at the start
         weights += 0.1 * torch.randn(weights.shape, generator=generator)
-    save_checkpoint(path, "cud", {k: v for k, v in saved.items() if k != "fewstep"})
-    nets.load_state_dict(saved["parts"]["emas"])
+    cud.save_velocity(path, nets["cud"], config)
     denoiser = teacher.load_teacher(path, "digits", torch.device("cpu"))
     assert denoiser.net.label_dim == 10 * config.conditional
     x, labels = noise_from_seeds(range(4), (1, 8, 8)), torch.tensor([3, 1, 4, 1])
@@ -230,7 +230,7 @@ def test_the_velocity_of_cud_is_a_teacher(tmp_path, options):
 def test_what_is_no_teacher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(teacher, "SHIPPED", {})
-    save_checkpoint(tmp_path / "classifier.pt", "classifier", {})
+    save_weights(tmp_path / "classifier.pt", "classifier", {})
     (tmp_path / "junk.pt").write_bytes(b"junk")
     for spec, names in (
         (tmp_path / "classifier.pt", ["classifier"]),
@@ -317,9 +317,11 @@ def test_a_teacher_must_fit_the_images_of_a_folder(tmp_path):
 def test_converting_a_public_teacher_draws_nothing(tmp_path, monkeypatch):
     """One rank converts, the others find it done: afterwards all draw the same."""
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    state = load_checkpoint(teacher.SHIPPED["digits"])
-    monkeypatch.setattr(public_teachers, "read_edm_pickle", lambda path: state)
-    (tmp_path / "x.pkl").write_bytes(b"x")
+    about, weights = load_weights(teacher.SHIPPED["digits"], "teacher")
+    state = {name: about[name] for name in ("arch", "kwargs", "sigma_data")}
+    state["weights"] = weights
+    monkeypatch.setattr(public_teachers, "read_edm_pickle", lambda data, path: state)
+    (tmp_path / "x.pkl").write_bytes(b"\x80x")
     draws = []
     for _ in range(2):
         torch.manual_seed(0)

@@ -1,93 +1,34 @@
-"""What a checkpoint claims: checked before torch reads it and before a network is built of it."""
-import zipfile
-
-import numpy as np
+"""What a file with weights claims, checked before a network is built of it."""
 import torch
 from torch.overrides import TorchFunctionMode
 
-from common.machinery.pickles import (
-    PERSISTENT,
-    STORAGES,
-    TENSOR,
-    Machine,
-    Refused,
-    call_of,
-    check_view,
-    file_size,
-    storage_claim,
-)
+from common.machinery.pickles import Refused
 
-# ---------------------------------------------------------------------- a file of torch.save
-
-NAMES = {
-    *STORAGES, PERSISTENT, TENSOR, "torch._utils._rebuild_parameter", "torch.Size",
-    "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16", "torch.int64",
+NUMBER = (int, float)
+ARGUMENTS = {  # of UNet: type, the least and the most that is believed, of a list: how many
+    "img_resolution": (int, 1, 2**12, None),
+    "img_channels": (int, 1, 2**10, None),
+    "label_dim": (int, 0, 2**20, None),
+    "augment_dim": (int, 0, 2**16, None),
+    "model_channels": (int, 1, 2**14, None),
+    "channel_mult_emb": (int, 1, 2**6, None),
+    "channel_mult_noise": (int, 1, 2**6, None),
+    "num_blocks": (int, 1, 2**6, None),
+    "patch": (int, 1, 2**6, None),
+    "channel_mult": (int, 1, 2**6, range(1, 13)),  # 12 levels: a resolution of 4096
+    "attn_resolutions": (int, 1, 2**12, range(13)),
+    "resample_filter": (NUMBER, -(2**16), 2**16, (2, 4, 6, 8)),
+    "dropout": (NUMBER, 0, 1, None),
+    "label_dropout": (NUMBER, 0, 1, None),
 }
-
-
-def check_file(path):
-    """Refused unless a file of torch.save holds plain values and tensors, and is no bomb.
-
-    torch.load with weights_only runs no foreign code, but makes whatever sizes a file claims. So
-    here its entries must be uncompressed, its storages there, its tensors within them.
-    """
-    size = file_size(path)
-    with zipfile.ZipFile(path) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        plain = len(entries) == len(archive.infolist())  # no name twice
-        plain = plain and not any(entry.compress_type for entry in entries.values())
-        plain = plain and min((e.header_offset for e in entries.values()), default=1) == 0
-        if not plain or sum(entry.file_size for entry in entries.values()) > size:
-            raise Refused("a zip that torch did not write")
-        roots = [name for name in entries if name.endswith("/data.pkl")]
-        if len(roots) != 1 or entries[roots[0]].file_size > 2**26:
-            raise Refused("no readable data.pkl")
-        machine = Machine(archive.read(roots[0]), NAMES, "checkpoint", most=1_500_000)
-    machine.load()
-    folder, total = roots[0].removesuffix("data.pkl"), 0
-    for record in machine.records:
-        if record.name == PERSISTENT:
-            code, key, count = storage_claim(record)
-            entry = entries.get(f"{folder}data/{key}")
-            if entry is None or entry.file_size != count * np.dtype(code).itemsize:
-                raise Refused("a storage of another size than its entry")
-        elif record.name == TENSOR:
-            storage, offset, shape, stride, _, _ = call_of(record, TENSOR)
-            code, _, count = storage_claim(storage)
-            values = check_view(offset, shape, stride, count, dense=False)
-            total += values * np.dtype(code).itemsize
-    if total > 2 * size + 2**24:
-        raise Refused("tensors much larger than the file")
+WORDS = ("embedding_type", "encoder_type")
 
 
 def check_weights(weights):
-    """Refused unless it is {name: tensor}, all finite in float32, in which they are used."""
-    if not isinstance(weights, dict):
-        raise Refused(f"its weights are a {type(weights).__name__}, not a dict")
+    """Refused unless {name: tensor} are all finite in float32, in which they are used."""
     for name, weight in weights.items():
-        if type(name) is not str or not isinstance(weight, torch.Tensor):
-            raise Refused("its weights are not all tensors with names")
         if not weight.float().isfinite().all():
             raise Refused(f"its weight {name} has values that are not finite")
-
-
-# -------------------------------------------------------------------------------- a network
-
-WHOLE = {  # argument of UNet -> the least and the most that is believed
-    "img_resolution": (1, 2**12),
-    "img_channels": (1, 2**10),
-    "patch": (1, 8),
-    "label_dim": (0, 2**20),
-    "augment_dim": (0, 2**16),
-    "model_channels": (1, 2**14),
-    "channel_mult_emb": (1, 2**6),
-    "channel_mult_noise": (1, 2**6),
-    "num_blocks": (1, 2**10),
-}
-WHOLE_LISTS = {"channel_mult": (1, 2**6), "attn_resolutions": (1, 2**12)}
-SHARES = ("dropout", "label_dropout")
-WORDS = ("embedding_type", "encoder_type")
-LEVELS = 12  # of a resolution of 4096
 
 
 def _check_arguments(kwargs):
@@ -95,35 +36,21 @@ def _check_arguments(kwargs):
     if type(kwargs) is not dict:
         raise Refused(f"its arguments are a {type(kwargs).__name__}")
     for name, value in kwargs.items():
-        if name in WHOLE:
-            low, high = WHOLE[name]
-            right, fits = f"a whole number from {low} to {high}", _whole(value, low, high)
-        elif name in WHOLE_LISTS:
-            low, high = WHOLE_LISTS[name]
-            right = f"at most {LEVELS} whole numbers from {low} to {high}"
-            fits = type(value) in (list, tuple) and len(value) <= LEVELS
-            fits = fits and all(_whole(v, low, high) for v in value)
-            fits = fits and bool(value or name != "channel_mult")
-        elif name in SHARES:
-            right, fits = "a number from 0 to 1", type(value) in (int, float) and 0 <= value <= 1
-        elif name == "resample_filter":
-            right = "2, 4, 6 or 8 numbers"
-            fits = type(value) in (list, tuple) and len(value) in (2, 4, 6, 8)
-            fits = fits and all(type(v) in (int, float) and abs(v) < 2**16 for v in value)
-            fits = fits and sum(value) != 0
-        elif name in WORDS:
-            right, fits = "a word", type(value) is str
-        else:
+        if name in WORDS and type(value) is str:
+            continue
+        if name not in ARGUMENTS:
             raise Refused(f"it has an unknown argument {name}")
-        if not fits:
+        kinds, low, high, counts = ARGUMENTS[name]
+        kinds = kinds if type(kinds) is tuple else (kinds,)
+        items = [value] if counts is None else value
+        fits = type(items) is list and (counts is None or len(items) in counts)
+        if not (fits and all(type(v) in kinds and low <= v <= high for v in items)):
             shown = value if type(value) in (int, float, str) else f"a {type(value).__name__}"
-            if not value and type(value) in (list, tuple):
-                shown = "empty"
-            raise Refused(f"its {name} is {shown}, not {right}")
-
-
-def _whole(value, low, high):
-    return type(value) is int and low <= value <= high
+            kind = "whole number" if kinds == (int,) else "number"
+            kind = f"{min(counts)} to {max(counts)} {kind}s" if counts else f"a {kind}"
+            raise Refused(f"its {name} is {shown}, not {kind} from {low} to {high}")
+    if sum(kwargs.get("resample_filter", [1])) == 0:
+        raise Refused("its resample_filter is all 0")
 
 
 class _WithoutMemory(TorchFunctionMode):
@@ -163,8 +90,8 @@ def check_network(make, state):
     state: {"kwargs", "sigma_data", "weights": checked}. make(**kwargs): its module, with their
     names.
     """
-    sigma_data, weights = state.get("sigma_data"), state.get("weights", {})
-    if type(sigma_data) not in (int, float) or not 1e-6 < sigma_data < 1e6:
-        shown = sigma_data if type(sigma_data) in (int, float) else "no number"
+    sigma_data, weights = state.get("sigma_data"), state["weights"]
+    if type(sigma_data) not in NUMBER or not 1e-6 < sigma_data < 1e6:
+        shown = sigma_data if type(sigma_data) in NUMBER else "no number"
         raise Refused(f"its sigma_data is {shown}, not a number from 1e-6 to 1e6")
     check_shapes(make, state.get("kwargs"), {name: tuple(w.shape) for name, w in weights.items()})

@@ -17,13 +17,14 @@ from common.diffusion import Denoiser
 
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+FILES_OF_OURS = (".safetensors", ".pt", ".pkl")
 PREDICTIONS = {"x": "sample", "v": "v_prediction", "eps": "epsilon"}  # ours: diffusers'
 
 
 def is_diffusers(spec):
     """Whether `spec` is a folder, or can be the name of a repository on the hub: owner/model."""
     path = Path(spec)
-    name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(spec)) and path.suffix not in (".pt", ".pkl")
+    name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(spec)) and path.suffix not in FILES_OF_OURS
     return path.is_dir() or bool(name and not path.exists())
 
 

@@ -20,7 +20,6 @@ from common.machinery.pickles import (
     Refused,
     call_of,
     check_view,
-    mapped_file,
     one_line,
     storage_claim,
 )
@@ -53,7 +52,7 @@ TAKEN = (  # constructor arguments that UNet takes as they are
     "channel_mult_noise",
     "resample_filter",
 )
-READER = 2  # raise it when the reader changes: conversions in the cache are made again
+READER = 3  # raise it when the reader changes: conversions in the cache are made again
 MOST_BYTES = 2**31  # of a file; ImageNet-64's has 1.2 GB
 MOST_WEIGHTS = 5_000
 
@@ -220,14 +219,13 @@ def _arch_and_kwargs(record):
     return SELECTS[selects], kwargs
 
 
-def read_edm_pickle(path):
-    """An EDM checkpoint -> {"arch", "kwargs", "sigma_data", "weights"}, as in our teacher files.
+def read_edm_pickle(data, path):
+    """An EDM checkpoint's bytes -> {"arch", "kwargs", "sigma_data", "weights"}, as for our files.
 
     Whether the weights fit the arguments is not checked here. Raises UsageError, in one line, if
-    the file is missing, damaged, of another kind, or wants anything to be executed.
+    the file `path` is damaged, of another kind, or wants anything to be executed.
     """
     try:
-        data = mapped_file(path, MOST_BYTES)
         root = typed(Machine(data, ALLOWED, "EDM checkpoint").load(), dict, "it")
         if "ema" not in root:
             raise Refused("it has no 'ema'")

@@ -10,15 +10,17 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from filelock import FileLock
 from tqdm import tqdm
 
 from common import UsageError
-from common.machinery.claims import check_file, check_weights
-from common.machinery.pickles import Refused, mapped_file, one_line
+from common.machinery.claims import check_weights
+from common.machinery.pickles import Refused, file_size, one_line, read_file
 
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of zips: others may ask for gigabytes
+MOST_WEIGHTS = 2**34  # bytes of a network
 MOST_JSON = 2**22  # bytes of a schedule.json or lambdas.json, which have thousands
 BAR = {"dynamic_ncols": True, "mininterval": 0.5}  # of every progress bar
 
@@ -84,31 +86,59 @@ def save_json(path, value):
 
 
 def save_checkpoint(path, kind, state):
-    """Write `state` atomically, marked with its `kind` ('teacher', 'classifier', 'ld3', ...)."""
+    """Write a run's own `state` atomically, marked with its `kind` ('ld3', 'teacher', ...)."""
     atomic_write(path, lambda file: torch.save({"fewstep": kind, **state}, file))
 
 
-def load_checkpoint(path, kind=None, what="checkpoint"):
-    """Read a checkpoint written by `save_checkpoint`; nothing in it is executed.
+def load_checkpoint(path, method=None):
+    """Read a run's own checkpoint.pt; nothing in it is executed. Not for files of strangers.
 
-    Raises UsageError when the file is missing, unreadable, not ours, or of another kind.
+    Raises UsageError when it is missing, cut short, or of another kind than `method`.
     """
     try:
-        check_file(path)
+        file_size(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state.get("fewstep") if isinstance(state, dict) else None
-        if type(found) is not str or not found.isprintable() or len(found) > 100:
-            raise Refused("no 'fewstep' entry")
-        if "weights" in state:
-            check_weights(state["weights"])
+        found = str(state["fewstep"])
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such {what}") from None
-    except Exception as error:  # zipfile and torch raise anything; torch's advice is not passed on
+        raise UsageError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torch raises anything; its advice is not passed on
         reason = one_line(error) if isinstance(error, Refused) else type(error).__name__
-        raise UsageError(f"{path}: not a checkpoint of this project ({reason})") from None
-    if kind not in (None, state["fewstep"]):
-        raise UsageError(f"{path}: this is a {state['fewstep']} checkpoint, not a {kind}")
+        raise UsageError(
+            f"{path}: not a checkpoint of this project, or cut short ({reason}); to start anew, "
+            "delete it"
+        ) from None
+    if method not in (None, found):
+        raise UsageError(f"{path}: a checkpoint of {one_line(found)}, not of {method}")
     return state
+
+
+def save_weights(path, kind, weights, **about):
+    """Write {name: tensor} as safetensors, atomically. For others: no pickle.
+
+    Its metadata "fewstep" is JSON: the `kind` ('teacher', 'classifier', ...) and what `about` says.
+    """
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    about = {"format": "pt", "fewstep": json.dumps({"kind": kind, **about})}
+    atomic_write(path, lambda file: file.write(safetensors.torch.save(weights, about)))
+
+
+def load_weights(path, kind):
+    """A file of `save_weights` -> what it says about them, the weights: finite, on the CPU.
+
+    Raises UsageError when it is missing, damaged, not ours, or of another kind.
+    """
+    try:
+        data = read_file(path, MOST_WEIGHTS, rb".{8}\{")
+        weights = safetensors.torch.load(data)  # checks sizes against the file
+        length = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        about = json.loads(metadata.get("fewstep", "{}"))
+        if about.get("kind") != kind:
+            raise Refused(f"it holds a {about.get('kind')}, not a {kind}")
+        check_weights(weights)
+    except Exception as error:  # a foreign or damaged file raises anything
+        raise UsageError(f"{path}: not a {kind} in safetensors ({one_line(error)})") from None
+    return about, weights
 
 
 def download(url, path, what):
@@ -149,7 +179,7 @@ def weights_digest(net):
 def read_json(path, option, what):
     """The dict in a JSON file of the user's. Raises UsageError that names the option."""
     try:
-        value = json.loads(bytes(mapped_file(path, MOST_JSON)))
+        value = json.loads(read_file(path, MOST_JSON))
         if isinstance(value, dict):
             return value
         reason = f"holds a {type(value).__name__}"

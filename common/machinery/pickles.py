@@ -11,7 +11,6 @@ small multiple of the file's size. Short pickles still make lists of 2^40 items 
 and tuples 100,000 deep. So nothing that a pickle made is compared, hashed, printed or walked,
 except numbers and short texts.
 """
-import mmap
 import os
 import re
 import stat
@@ -72,7 +71,7 @@ def call_of(value, name, at_least=0):
 
 
 class Machine:
-    """Reads the pickles in `data` (bytes or a map), one after the other.
+    """Reads the pickles in `data`, bytes, one after the other.
 
     allowed: names ("module.name") that may occur beside OrderedDict, set and _codecs.encode, which
     spell dicts, sets (here: lists) and bytes. what: what is read, for messages.
@@ -313,13 +312,25 @@ def file_size(path):
     return status.st_size
 
 
-def mapped_file(path, most):
-    """The bytes of a file, read when they are needed. Refused if there are none, or over `most`."""
+def read_file(path, most, begins=b""):
+    """The bytes of a file from anywhere, read once: what is hashed is also what is parsed.
+
+    Refused unless it is a regular file of 1 to `most` bytes that `begins`, an expression, matches.
+    """
     try:
-        size = file_size(path)
-        if not 0 < size <= most:
-            raise Refused(f"it has {size:,} bytes, not 1 to {most:,}")
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with open(path, "rb", opener=_without_waiting) as file:
+            size = file_size(file.fileno())
+            if not 0 < size <= most:
+                raise Refused(f"it has {size:,} bytes, not 1 to {most:,}")
+            if not re.match(begins, file.peek(16), re.DOTALL):
+                raise Refused("it begins like another kind of file")
+            return file.read(size)
     except OSError as error:
         raise Refused(error.strerror) from None
+
+
+def _without_waiting(path, flags):
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no pipes there
+
+
+mapped_file = read_file

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from common import UsageError
 from common.machinery.edm_pickle import MOST_BYTES, NAMES, PUBLIC, READER, read_edm_pickle
-from common.machinery.files import cache_dir, download, locked, save_checkpoint, save_json
-from common.machinery.pickles import Refused, mapped_file
+from common.machinery.files import cache_dir, download, locked, save_json, save_weights
+from common.machinery.pickles import Refused, read_file
 
 
 def is_public(spec):
@@ -15,7 +15,7 @@ def is_public(spec):
 
 
 def convert_public(spec, check):
-    """Short name, URL or path of a public .pkl -> the path of a checkpoint in our own format.
+    """Short name, URL or path of a public .pkl -> the path of a file in our own format.
 
     A download's size and SHA-256 are recorded beside it, and checked when it is read again.
     check(state, path) raises for weights that fit no network. A conversion in the cache is found by
@@ -29,7 +29,7 @@ def convert_public(spec, check):
         if url:
             download(url, path, f"--teacher {spec}")
         try:
-            data = mapped_file(path, MOST_BYTES)
+            data = read_file(path, MOST_BYTES, rb"\x80")
         except Refused as error:
             raise UsageError(f"--teacher {path}: {error}") from None
         found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -40,9 +40,9 @@ def convert_public(spec, check):
                 f"--teacher {spec}: {path} is no longer the file that was downloaded "
                 f"({record.name}); delete it"
             )
-        converted = cache_dir() / f"{path.stem}-{found['sha256'][:16]}-reader{READER}.pt"
+        converted = cache_dir() / f"{path.stem}-{found['sha256'][:16]}-reader{READER}.safetensors"
         if not converted.exists():
-            state = read_edm_pickle(path)
+            state = read_edm_pickle(data, path)
             check(state, path)
-            save_checkpoint(converted, "teacher", {**state, "dataset": None})
+            save_weights(converted, "teacher", **state, dataset=None)
     return converted
