@@ -8,9 +8,11 @@ import json
 from functools import cache
 
 from common.datasets import ASSETS
-from common.diffusion import sigma_grid, with_labels
+from common.diffusion import GRIDS, sigma_grid, with_labels
+from common.machinery.options import require
 from common.machinery.ranks import rank_and_world
 from common.solvers import ORDERS, SOLVERS, steps_for
+from common.teacher import SHIPPED, load_teacher
 
 UNMEASURED = ("unipc", 3, "cosine")  # the choice where there is no measurement
 
@@ -62,3 +64,29 @@ def untrained_sampler(teacher, dataset, nfe, sigma_min=0.002, sigma_max=80.0):
         return SOLVERS[solver](denoiser, sigma_max * noise, sigmas, order=order)
 
     return f"untrained ({solver_name(solver, order)}, {grid})", sampler
+
+
+def untrained_samplers(dataset, nfes, device):
+    """{(name of the row, NFE): sampler} with the shipped teacher; {} where none is shipped."""
+    if dataset not in SHIPPED:
+        return {}
+    teacher, found = load_teacher(None, dataset, device), {}
+    for nfe in nfes:
+        name, sampler = untrained_sampler(teacher, dataset, nfe)
+        found[name, nfe] = sampler
+    return found
+
+
+def solver_order_grid(name, nfes=()):
+    """"unipc3/cosine" -> ("unipc", 3, "cosine"); the grid may be "even", in equal steps of t.
+
+    Raises UsageError: an unknown name, a count of `nfes` that the solver cannot make.
+    """
+    known = {solver_name(solver, n): (solver, n) for solver in ORDERS for n in ORDERS[solver]}
+    solver, _, grid = name.partition("/")
+    grids = ("even", *GRIDS)
+    message = f"choose SOLVER/GRID, of {', '.join(known)} and of {', '.join(grids)}"
+    require(solver in known and grid in grids, "sampler", name, message)
+    for nfe in nfes:
+        steps_for(known[solver][0], nfe, ends_in_zero=grid == "even")
+    return *known[solver], grid

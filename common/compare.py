@@ -161,8 +161,7 @@ def training_cost(metrics, row, runs):
     if method == "dode":
         return row["fit_evaluations"]
     if method == "cud":
-        heads, dropout = int(c["rk"][0]), bool(c["dropout"])
-        passes = 3 * (2 - c["independent"]) + 2 * heads - (not dropout)
+        passes = 3 * (2 - c["independent"]) + 2 * int(c["rk"][0]) - 1
         cost = c["steps"] * c["batch_size"] * passes
         if row["name"] == "cud-1step":  # its targets, then a pass of the EMA in every step
             cost += 16 * c["distill_n"] + 3 * c["distill_steps"] * c["batch_size"] * 4

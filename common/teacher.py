@@ -66,6 +66,12 @@ def save_teacher(path, denoiser, arch, kwargs, dataset, half=False):
     save_weights(path, "teacher", weights, **about, dataset=dataset)
 
 
+def save_velocity(path, velocity, config):
+    """Write cud.py's network, its head 1, as a teacher."""
+    flow = FlowDenoiser(velocity.net, velocity.phi)
+    save_teacher(path, flow, config.arch, flow.net.kwargs, config.dataset)
+
+
 def read_teacher(path):
     """A file of `save_teacher` -> Denoiser on the CPU. Raises UsageError."""
     about, weights = load_weights(path, "teacher")
@@ -190,7 +196,7 @@ class NetworkOptions(TrainingOptions):
     )
     attn_resolutions: tuple[int, ...] | None = option(None, "resolutions with self-attention")
     dropout: float | None = option(None, "dropout (EDM: 0.13 on CIFAR-10)", low=0, high=1)
-    conditional: bool = option(False, "condition on the class labels")
+    conditional: bool | None = option(None, "condition on the class labels")
     flip: bool | None = option(None, "random horizontal flips")
     steps: int | None = option(None, "optimizer steps", above=0)
     batch_size: int | None = option(None, "images per step, over all ranks", above=0)

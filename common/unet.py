@@ -324,6 +324,7 @@ class UNet(nn.Module):
                 attention = res in attn_resolutions and (family.attend_all or last)
                 self.dec[f"{name}_block{i}"] = block(c + skips.pop(), width, attention=attention)
                 c = width
+        self.feature_channels = c  # of forward_features
         norm = group_norm(c, family.norm_eps)
         conv = Conv2d(c, self.out_channels, 3, family.init_zero)
         if family.out_head:

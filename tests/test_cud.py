@@ -16,13 +16,13 @@ from PIL import Image
 from torch import nn
 
 import cud
-from common import UsageError
+from common import UsageError, baselines
+from common.baselines import best_untrained, solver_name, untrained_samplers
 from common.datasets import Stream, load_dataset
 from common.diffusion import (
     GaussianMixture,
     edm_from_flow,
     expand,
-    flow_from_edm,
     noise_from_seeds,
     sigma_grid,
 )
@@ -126,10 +126,8 @@ def test_predictions_targets_and_losses_are_the_official_ones(case):
     masked = (targets == z1 - x0).flatten(2).all(2)
     assert (masked == ~golden(f"{key}/mask")).all()
 
-    for other in (None, velocity):  # k1: the prediction itself, or a second evaluation
-        loss = cud.catch_up_loss(velocity, x0, z1, t, h, heads, eval_mode_velocity=other)
-        torch.testing.assert_close(loss, golden(f"{key}/loss"), rtol=0, atol=2e-8)
-    velocity.zero_grad()
+    loss = cud.catch_up_loss(velocity, x0, z1, t, h, heads)
+    torch.testing.assert_close(loss, golden(f"{key}/loss"), rtol=0, atol=2e-8)
     loss.backward()
     torch.testing.assert_close(velocity.w.b2.grad, golden(f"{key}/grad_b2"), rtol=0, atol=2e-8)
     if heads == 1:
@@ -153,13 +151,13 @@ def test_kl_is_the_official_one():
 def test_ema_is_the_official_one():
     """Late in a run; early it is the mean of what there is."""
     net = nn.ParameterDict({"p": golden("ema_init").clone()})
-    ema, optimizer = copy.deepcopy(net), torch.optim.Adam(net.parameters())
+    ema = copy.deepcopy(net)
     for params in golden("ema_params"):
         with torch.no_grad():
             net["p"].copy_(params)
-        cud.update(10**6, net, ema, optimizer, lr=0)
+        cud.ema_update(ema, net, cud.ema_decay(10**6))
     torch.testing.assert_close(ema["p"].data, golden("ema_result"), rtol=0, atol=1e-14)
-    cud.update(0, net, ema, optimizer, lr=0)
+    cud.ema_update(ema, net, cud.ema_decay(0))
     expected = 0.1 * golden("ema_result") + 0.9 * golden("ema_params")[-1]
     torch.testing.assert_close(ema["p"].data, expected, rtol=0, atol=1e-14)
 
@@ -192,22 +190,19 @@ def test_shakedrop_and_further_heads_are_the_official_ones(shakedrop):
 def test_samplers_are_the_official_ones_but_for_their_faults(head):
     net, z = GoldenVelocity(), golden("z")
 
-    def velocity(z, t):
-        return net(z, t, head)[head - 1 :]
-
     def check(name, got):  # their times are float32
         expected = golden(f"sample/{name}_g{head}")
         torch.testing.assert_close(got.detach(), expected, rtol=0, atol=1e-7)
 
     for n in (1, 4):
-        check(f"euler_{n}", cud.sample(velocity, z, nfe=n))
-    check("dpm_solver_2_5", cud.sample(velocity, z, nfe=5, solver="ipndm", order=2))
+        check(f"euler_{n}", cud.sample(net, z, nfe=n, head=head))
+    check("dpm_solver_2_5", cud.sample(net, z, nfe=5, solver="ipndm", order=2, head=head))
     # Their Heun evaluates at the times of m = (n + 1) / 2 steps to 0, but moves by 1 / n.
     for n in (5, 7):
         m = (n + 1) // 2
-        faulty = lambda z, t, m=m, n=n: velocity(z, t) * m / n
-        check(f"heun_{n}", cud.sample(faulty, z, nfe=n, solver="heun"))
-        right = cud.sample(velocity, z, nfe=n, solver="heun")
+        faulty = lambda z, t, head, m=m, n=n: net(z, t, head) * m / n
+        check(f"heun_{n}", cud.sample(faulty, z, nfe=n, solver="heun", head=head))
+        right = cud.sample(net, z, nfe=n, solver="heun", head=head)
         assert (right - golden(f"sample/heun_{n}_g{head}")).abs().max() > 0.01
 
 
@@ -388,7 +383,7 @@ def gaussian():
     m, s = torch.tensor([[[0.3, -0.6]]], dtype=torch.float64), 0.5
     denoiser = GaussianMixture(m[None], torch.tensor([s]))
 
-    def velocity(z, t):
+    def velocity(z, t, heads=1):
         t = torch.as_tensor(t, dtype=z.dtype).clamp(1e-9, 1 - 1e-9)
         x, sigma = edm_from_flow(z, t)
         return ((z - denoiser(x, sigma.flatten())) / expand(t, z))[None]
@@ -412,48 +407,26 @@ def test_samplers_in_t_converge(solver, order, expected):
     assert errors[0] < 0.1 and 2 ** (expected - 0.35) < ratio < 2 ** (expected + 0.9), errors
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("nfe", [1, 2, 3, 6])
-def test_every_budget_is_met_exactly(solver, nfe):
-    velocity, calls = gaussian()[0], []
-
-    def counted(z, t):
-        calls.append(float(t))
-        return velocity(z, t)
-
-    try:
-        cud.Config(solver=solver, nfe=nfe, distill_steps=0)
-    except UsageError:
-        assert solver in ("heun", "dpm2") and nfe % 2 == 0
-        return
-    z = noise_from_seeds(range(3), (1, 1, 2))
-    x0 = cud.sample(counted, z, nfe=nfe, solver=solver)
-    assert len(calls) == nfe and x0.isfinite().all() and calls[0] == 1
-
-
 def test_in_sigma_it_is_the_same_ode():
     """What a velocity predicts of the data is a denoiser in the variables of common/."""
     velocity, denoiser, exact = gaussian()
     noise = noise_from_seeds(range(50), (1, 1, 2))
-
-    def ours(x, sigma):
-        z, t = flow_from_edm(x, sigma)
-        return z - t * velocity(z, t.flatten())[0]
-
-    for sigma in (0.01, torch.tensor([0.5] * 25 + [20.0] * 25, dtype=torch.float64)):
-        torch.testing.assert_close(ours(noise, sigma), denoiser(noise, sigma), rtol=1e-9, atol=1e-9)
-    for solver, steps in ("heun", 30), ("unipc", 60):
-        got = SOLVERS[solver](ours, 80 * noise, sigma_grid("edm", steps))
-        assert (got - exact(noise)).abs().max() < 0.03  # sigma is at most 80, not infinity
-        ours_in_t = cud.sample(velocity, noise, nfe=61, solver="heun")
-        assert (got - ours_in_t).abs().max() < 0.03
+    for solver, steps in ("heun", 60), ("unipc", 60), ("euler", 60):
+        got = cud.sample(velocity, noise, nfe=steps, solver=solver, grid="edm")
+        sigmas = sigma_grid("edm", steps // 2 if solver == "heun" else steps)
+        expected = SOLVERS[solver](denoiser, 80 * noise, sigmas)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-8)
+        if solver != "euler":  # sigma is at most 80, not infinity
+            assert (got - exact(noise)).abs().max() < 0.03
+            in_t = cud.sample(velocity, noise, nfe=61, solver="heun")
+            assert (got - in_t).abs().max() < 0.03
 
 
 def test_data_predicted_along_the_trajectory():
     """At the state z_i, x0 = z_i - t_i v; 16 steps of v = 2 t (z0 = z1 - sum) by hand."""
     z = torch.full((1, 1, 1, 1), 3.0, dtype=torch.float64)
 
-    def velocity(z, t):
+    def velocity(z, t, heads=1):
         return (z * 0 + 2 * expand(t, z))[None]
 
     states, velocities = from_notebook("along_euler")(velocity, z, 16)
@@ -478,7 +451,7 @@ def test_straightness_by_hand():
     n, z = 4, torch.zeros(2, 1, 1, 1)
     expected = sum(((n + 1) / n - 2 * (1 - i / n)) ** 2 for i in range(n)) / n
     straightness = from_notebook("straightness")
-    mean, from_line = straightness(lambda z, t: (z * 0 + 2 * expand(t, z))[None], z, n)
+    mean, from_line = straightness(lambda z, t, heads: (z * 0 + 2 * expand(t, z))[None], z, n)
     assert mean == pytest.approx(expected, rel=1e-5)
     euler = [-sum(2 * (1 - k / n) / n for k in range(i)) for i in range(n + 1)]
     by_hand = [abs(e - i / n * euler[-1]) for i, e in enumerate(euler)]
@@ -556,21 +529,11 @@ def test_both_flows_see_the_same(tmp_path, monkeypatch):
     assert len(ours) == 3 and len(theirs) == 4 and not torch.equal(ours[0][2], ours[1][2])
 
 
-@pytest.mark.parametrize(
-    "rk, options, evaluations",
-    [
-        ("12", {}, 2),
-        ("12", {"dropout": 0.2}, 3),
-        ("23", {}, 4),
-        ("34", {}, 6),
-        ("34", {"dropout": 0.2}, 7),
-    ],
-)
-@pytest.mark.parametrize("target_dropout", [False, True])
-def test_evaluations_are_counted_as_they_are_and_targets_have_no_dropout(
-    tmp_path, monkeypatch, rk, options, evaluations, target_dropout
+@pytest.mark.parametrize("rk, evaluations", [("12", 2), ("23", 4), ("34", 6)])
+def test_evaluations_are_counted_as_they_are_and_targets_have_no_gradient(
+    tmp_path, monkeypatch, rk, evaluations
 ):
-    """target_dropout: as the official code, which computes the targets with dropout."""
+    """Dropout acts on the targets too, as in the official code."""
     modes, original = [], cud.Velocity.forward
 
     def watched(self, z, t, heads=1, labels=None):
@@ -578,15 +541,10 @@ def test_evaluations_are_counted_as_they_are_and_targets_have_no_dropout(
         return original(self, z, t, heads)
 
     monkeypatch.setattr(cud.Velocity, "forward", watched)
-    if target_dropout:
-        in_training_mode = lambda self, z, t, labels=None: self(z, t, labels=labels)
-        monkeypatch.setattr(cud.Velocity, "in_eval_mode", in_training_mode)
     flow_iterations = watch(monkeypatch, "flow_loss")
-    cud.train(tiny(tmp_path, rk=rk, steps=3, baseline=True, **options))
-    assert modes[0] == (True, True)
-    noisy = target_dropout or "dropout" not in options
-    assert modes[1:evaluations] == [(noisy, False)] * (evaluations - 1)
-    assert modes[evaluations] == (True, True)
+    cud.train(tiny(tmp_path, rk=rk, steps=3, baseline=True, dropout=0.2))
+    step = [(True, True)] + [(True, False)] * (evaluations - 1)
+    assert modes[: 2 * evaluations] == 2 * step
     # As many passes as 3 iterations of CUD, of 3 passes each; all but one of CUD's evaluations
     # are one pass, and the one with a gradient is 3.
     assert len(flow_iterations) == evaluations + 2
@@ -625,16 +583,17 @@ def test_the_student_starts_from_the_ema_and_takes_its_targets_one_after_another
     tmp_path, monkeypatch
 ):
     losses = watch(monkeypatch, "one_step_loss")
-    starts, original = [], cud.update
+    starts, original = [], cud.same_start
 
-    def watched(i, net, ema, *arguments):
-        starts.append(copy.deepcopy([net, ema]))
-        original(i, net, ema, *arguments)
+    def watched(run, stream, optimizer, start, *nets):
+        original(run, stream, optimizer, start, *nets)
+        starts.append(copy.deepcopy(nets))
 
-    monkeypatch.setattr(cud, "update", watched)
+    monkeypatch.setattr(cud, "same_start", watched)
     models = cud.train(tiny(tmp_path, distill_steps=2, shakedrop=True))
     net = models["cud"]
-    for start in starts[3]:  # after three iterations of CUD
+    assert len(starts[1]) == 2  # the student and its EMA
+    for start in starts[1]:
         assert all(torch.equal(a, b) for a, b in zip(start.parameters(), net.parameters()))
     assert net.phi == 0.75 == models["cud-1step"].phi and losses[0][0].func.phi == 0.75
     z = noise_from_seeds(torch.arange(6) + 10**9, (1, 8, 8)).float()
@@ -647,6 +606,72 @@ def test_the_student_starts_from_the_ema_and_takes_its_targets_one_after_another
     assert any(
         not torch.equal(a, b) for a, b in zip(models["cud-1step"].parameters(), net.parameters())
     )
+
+
+def test_every_row_is_made_as_its_name_its_count_and_the_options_say(monkeypatch):
+    """Evaluations, times, head, labels and the result, of networks that record and differ."""
+    calls, labels = [], torch.tensor([3, 1, 4])
+
+    class Recorder:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def __call__(self, z, t, heads=1, labels=None):
+            calls.append((*set(torch.as_tensor(t).reshape(-1).tolist()), heads, labels))
+            v = self.factor * (z + 0.3 * expand(t, z)).sin()
+            return torch.stack([(1 + head) * v for head in range(heads)])
+
+    class Teacher(Recorder):
+        def __call__(self, x, sigma, labels=None):
+            calls.append((float(sigma), 1, labels))
+            return self.factor * x / (1 + sigma)
+
+    names = ["cud", *cud.FLOWS, "cud-1step"]
+    nets = {name: Recorder(1 + 0.1 * k) for k, name in enumerate(names)}
+    texts = ("euler/even", "heun/even", "ipndm2/even", "unipc3/cosine", "dpmpp2/vp", "euler/edm")
+    options = dict(rk="34", head=2, sampler=texts, nfe=(3, 5), baseline=True)
+    config = cud.Config(dataset="mnist", **options)
+    monkeypatch.setattr(baselines, "load_teacher", lambda *_: Teacher(0.7))
+    found = cud.samplers(config, nets) | untrained_samplers("mnist", config.nfe, "cpu")
+    rows, noise = set(found), noise_from_seeds(range(3), (1, 4, 4))
+    for (row, nfe), sampler in found.items():
+        calls.clear()
+        got = sampler(noise, labels)
+        name, _, how = row.removesuffix(")").partition(" (")
+        solver, grid = how.split(", ") if how else ("euler", "even")
+        order = {} if solver in SOLVERS else {"order": int(solver[-1])}
+        solver = SOLVERS[solver if solver in SOLVERS else solver[:-1]]
+        head = 2 if name == "cud" else 1
+        steps = (nfe + 1) // 2 if solver.__name__ == "heun" else nfe  # its last step is Euler's
+        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        sigmas = t if grid == "even" else sigma_grid(grid, steps)
+        told = sigmas if grid == "even" or name == "untrained" else sigmas / (1 + sigmas)
+        assert len(calls) == nfe and all(call[1] == head for call in calls)
+        assert all(call[2] is labels for call in calls)
+        assert {round(call[0], 9) for call in calls} == {round(s, 9) for s in told[:-1].tolist()}
+
+        def denoiser(x, s, name=name, grid=grid, head=head):
+            if name == "untrained":
+                return 0.7 * x / (1 + s)
+            z, t = (x, s) if grid == "even" else (x / (1 + s), s / (1 + s))
+            return z - t * nets[name](z, t, head)[-1]
+
+        expected = solver(denoiser, sigmas[0] * noise, sigmas, **order)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+        if name == "untrained":
+            best = best_untrained("mnist", nfe)
+            assert how == f"{solver_name(*best[:2])}, {best[2]}"
+    suffixes = ["", *(f" ({text.replace('/', ', ')})" for text in texts[1:])]
+    assert {row for row in rows if row[0][:9] != "untrained"} == {
+        (name + suffix, nfe) for name in names[:3] for suffix in suffixes for nfe in (3, 5)
+    } | {("cud-1step", 1)}
+    assert sum(row[0].startswith("untrained (") for row in rows) == 2
+
+
+@pytest.mark.parametrize("rk", ["12", "23", "34"])
+def test_the_head_that_is_sampled_is_the_official_one(rk):
+    """README of the official code: --generator 2 for RK23, 3 for RK34, none for RK12."""
+    assert cud.Config(rk=rk).head == int(rk[0])
 
 
 def same(a, b):
@@ -701,12 +726,12 @@ def test_labels_reach_the_net_in_training_and_sampling(tmp_path, monkeypatch):
     assert not torch.allclose(*(net(z, 0.5, 1, torch.tensor([k])) for k in (0, 1)))
 
 
-EVERYTHING = dict(  # 2, 7, 3 iterations
+EVERYTHING = dict(  # 2, 6, 3 iterations
     rk="23", dropout=0.1, independent=False, shakedrop=True, baseline=True, distill_steps=1, steps=2
 )
 
 
-@pytest.mark.parametrize("calls", [1, 2, 4, 8, 10, 11])
+@pytest.mark.parametrize("calls", [1, 2, 4, 8, 9, 10])
 def test_resume_is_bitwise(tmp_path, monkeypatch, calls, whole=[]):  # noqa: B006
     """Stopped in the middle or at the end of any of the three trainings, and continued.
 
@@ -715,13 +740,13 @@ def test_resume_is_bitwise(tmp_path, monkeypatch, calls, whole=[]):  # noqa: B00
     if not whole:
         cud.train(tiny(tmp_path / "whole", **EVERYTHING))
         whole.append(torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True))
-    update, done = cud.update, []
+    update, done = cud.ema_update, []
 
     def counted(*arguments):
         done.append(1)
         return update(*arguments) if len(done) != calls + 1 else 1 / 0
 
-    monkeypatch.setattr(cud, "update", counted)
+    monkeypatch.setattr(cud, "ema_update", counted)
     config = tiny(tmp_path / "cut", **EVERYTHING)
     with pytest.raises(ZeroDivisionError):
         cud.train(config, Run("cud", config, checkpoint_seconds=0))
@@ -731,7 +756,7 @@ def test_resume_is_bitwise(tmp_path, monkeypatch, calls, whole=[]):  # noqa: B00
     config.resume = True
     cud.train(config)
     cut = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
-    assert len(done) == 100 + 12 - calls
+    assert len(done) == 100 + 11 - calls
     for key in ("parts", "rng", "step"):
         assert same(cut[key], whole[0][key]), key
     assert set(cut["parts"]) == {"trained", "emas", "optimizer", "stream"}
@@ -806,7 +831,7 @@ def test_few_steps_on_a_mixture_are_better_than_rectified_flows(rk):
         for name, found in distances.items():
             torch.manual_seed(seed)
             net = Small(rk)
-            ema, optimizer = copy.deepcopy(net), torch.optim.Adam(net.parameters())
+            ema, optimizer = copy.deepcopy(net), torch.optim.Adam(net.parameters(), lr=2e-3)
             for i in range(1500):
                 x0 = mixture.sample(256, torch.Generator().manual_seed(1000 * seed + i)).float()
                 z1, t, u = torch.randn(256, 2), torch.rand(256), torch.rand(256)
@@ -816,7 +841,8 @@ def test_few_steps_on_a_mixture_are_better_than_rectified_flows(rk):
                 else:
                     loss = cud.flow_loss(net, x0, z1, t)
                 loss.backward()
-                cud.update(i, net, ema, optimizer, 2e-3)
+                optimizer.step()
+                cud.ema_update(ema, net, cud.ema_decay(i))
             noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(7))
             with torch.no_grad():
                 x = cud.sample(ema, noise, nfe=4).float()
@@ -842,6 +868,7 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
     rows = results(tmp_path / "a")["results"]
     names = ("cud", "rectified-flow", "rectified-flow-equal-compute")
     expected = [(name, nfe) for name in names for nfe in (1, 2)] + [("cud-1step", 1)]
+    expected += list(untrained_samplers("digits", (1, 2), "cpu"))
     assert [(row["name"], row["nfe"]) for row in rows] == expected
     for row in rows:
         assert row["fid_n"] == 32 and row["fid_features"] == "digits-classifier"
@@ -854,9 +881,10 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
     run_main(monkeypatch, *common, "--baseline", "--resume", "--out", tmp_path / "a")
     assert results(tmp_path / "a")["results"] == rows
 
-    other = ["--rk", 23, "--solver", "heun", "--nfe", 3, "--no-independent", "--shakedrop"]
+    other = ["--rk", 23, "--sampler", "heun/even", "--nfe", 3, "--no-independent", "--shakedrop"]
     run_main(monkeypatch, *common, "--out", tmp_path / "b", "--distill-steps", 0, *other)
-    assert [(row["name"], row["nfe"]) for row in results(tmp_path / "b")["results"]] == [("cud", 3)]
+    row = results(tmp_path / "b")["results"][0]
+    assert (row["name"], row["nfe"]) == ("cud (heun, even)", 3)
 
 
 @pytest.mark.parametrize(
@@ -864,10 +892,15 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
     [
         (["--dataset", "cats"], ["--dataset", "cats", "digits"]),
         (["--rk", "45"], ["--rk", "45", "12"]),
-        (["--solver", "rk4"], ["--solver", "rk4", "euler"]),
+        (["--sampler", "rk4/even"], ["--sampler", "rk4", "euler"]),
+        (["--sampler", "unipc4/even"], ["--sampler", "unipc4", "unipc3"]),
+        (["--sampler", "euler"], ["--sampler euler", "even", "cosine"]),
+        (["--head", "2"], ["--head 2", "RK12 has 1"]),
+        (["--rk", "23", "--head", "0"], ["--head 0"]),
         (["--nfe", "0"], ["--nfe 0"]),
         (["--nfe", "four"], ["--nfe", "four"]),
-        (["--nfe", "4", "--solver", "heun"], ["--nfe 4", "heun"]),
+        (["--nfe", "4", "--sampler", "heun/even"], ["--nfe 4", "heun"]),
+        (["--nfe", "3", "--sampler", "euler/even", "dpm2/edm"], ["--nfe 3", "dpm2"]),
         (["--tn", "0"], ["--tn 0"]),
         (["--tn", "2", "--rk", "34"], ["--tn 2", "3"]),
         (["--phi", "1.5"], ["--phi 1.5"]),

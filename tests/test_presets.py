@@ -61,8 +61,14 @@ PUBLISHED = {
     ("cfd", "cifar10"): dict(CFD, batch_size=128, lr=5e-5),
     ("cfd", "imagenet64"): dict(CFD, batch_size=2048, lr=1e-4),
     # 3b
-    ("cud", "cifar10"): dict(**CUD, **DDPMPP, batch_size=128, lr=2e-4, encoder_channels=32),
-    ("cud", "imagenet64"): dict(**CUD, **ADM, batch_size=1024, lr=4e-4),
+    ("cud", "cifar10"): dict(
+        CUD, **DDPMPP, batch_size=128, lr=2e-4, encoder_channels=32, flip=True, conditional=False
+    ),
+    # and section 10: classes, z1 = noise, no warm-up
+    ("cud", "imagenet64"): dict(
+        CUD | ADM, batch_size=1024, lr=4e-4, warmup=0, independent=True, flip=True,
+        conditional=True,
+    ),
     # 4b
     ("dode", "cifar10"): DODE,
     ("dode", "imagenet64"): DODE,

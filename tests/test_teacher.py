@@ -204,7 +204,7 @@ def test_the_velocity_of_cud_is_a_teacher(tmp_path, options):
     assert path.exists()
     for weights in nets["cud"].parameters():  # not as small as at the start
         weights += 0.1 * torch.randn(weights.shape, generator=generator)
-    cud.save_velocity(path, nets["cud"], config)
+    teacher.save_velocity(path, nets["cud"], config)
     denoiser = teacher.load_teacher(path, "digits", torch.device("cpu"))
     assert denoiser.net.label_dim == 10 * config.conditional
     x, labels = noise_from_seeds(range(4), (1, 8, 8)), torch.tensor([3, 1, 4, 1])
