@@ -1,45 +1,56 @@
 """D-ODE: Distilling ODE Solvers of Diffusion Models into Smaller Steps
 (Kim, Tang & Yu, CVPR 2024, arXiv:2309.16421).
 
-Idea: consecutive outputs of the network differ along a direction that shows how the
-sampling trajectory bends. A D-ODE solver replaces the output D_i by O_i = D_i + lambda_i
-(D_i - D_{i-1}) and takes the same step as before. One lambda per network evaluation is fitted
-by least squares to a teacher solver with C times the steps: no training, no gradients.
+Idea: two consecutive outputs of the network differ along a direction that shows how the
+sampling trajectory bends. A D-ODE solver puts O_i = D_i + lambda_i (D_i - D_{i-1}) in
+place of output D_i and takes the same step. One scalar lambda_i per network evaluation is
+fitted by least squares to a finer solver: no training, no gradients. `d_ddim` is the whole
+method for DDIM; the rest of the file is the same for any solver.
 
-Loss, minimised in closed form at each evaluation, from the corrected state before it:
-    lambda_i = argmin |X_i - x_i - lambda delta_i|^2 = <delta_i, X_i - x_i> / <delta_i, delta_i>
-x_i: the plain solver's state; delta_i: what lambda = 1 adds to it; X_i: the teacher's state
-at the same noise level. <,>: over all pixels of all images of the fitting set.
+Three things are called a teacher in the paper. Here they are the *teacher network*; the
+*fine solver*, with C times the evaluations, to which lambda is fitted; and the *reference*,
+Heun's method on a fine grid, to which RMSE is measured (the row "teacher").
+
+Loss, minimised in closed form at each evaluation i, from the corrected state before it:
+  lambda_i = argmin |X_i - x_i - lambda delta_i|^2 = <delta_i, X_i - x_i> / <delta_i, delta_i>
+x_i: the plain solver's state after the step; X_i: the fine solver's, at the same level of
+noise; delta_i: what lambda = 1 adds to x_i; <,>: the sum over all pixels of all images
+(edm/distilled_sampler.py:4-13, 60-79; dpm_solver/functions/denoising.py:21-30, 191-197).
 
 Differences from the paper and its code (D-ODE-Solvers, commit 6dc5a1c):
-1. The teacher's levels contain the student's. Theirs: EDM's teacher has its own C N - 1
-   intervals, compared by count (N = C = 10: 45.0 for 42.4, ..., 0.0141 for 0.002); VP targets
-   are 90 of 1000 timesteps too noisy.
-2. N steps to sigma_min (theirs: N - 1 to sigma_min = 0.002, and one to 0).
-3. Fitted on any number of images, over all ranks, none of them evaluated (theirs: each
-   rank's first batch of 100, which counts among the 50,000 of the FID).
-4. lambda is inside the step: 1/2 in noise is two-step Adams-Bashforth (row ab2). Theirs is
-   outside: ours times the output's weight in the move; in DPM-Solver as here.
-5. D is the data (theirs: the noise where the network predicts it; here --output eps).
+1. The fine solver passes through the student's noise levels. Theirs: state k is compared
+   with fine state kC, although their levels differ. N = C = 10 on EDM's grid: 45.0 for
+   42.4, ..., 0.0141 for 0.002. On VP time D-DDIM's are 90 of 1000 timesteps too noisy, but
+   for the last, and D-DPM-Solver-2's about 10 less noisy; iPNDM's and DEIS' coincide.
+2. N steps to sigma_min. Theirs: N - 1 to sigma_min, one to 0 (EDM), or N to t = 0 (VP).
+3. Any number of fitting images, over all ranks, none of them evaluated. Theirs: each rank's
+   first batch of 100, with lambdas of its own, counted among the 50,000 of the FID.
+4. lambda stands inside the step: in noise, 1/2 is two-step Adams-Bashforth (row ab2).
+   Theirs is outside, but for DPM-Solver: ours times the output's weight in the step.
+5. D is the x0-prediction (theirs with EDM's networks); --output eps: noise (DDPM's).
 6. DPM-Solver-2's inner level: the middle in log sigma (theirs: in VP time). DEIS integrates
-   exactly (theirs: a Riemann sum). With odd --nfe, heun and dpm2 end with an Euler step.
-Result on digits, 4 NFE, RMSE to a fine trajectory: ddim .292 -> .222. More: RESULTS.md
-    python dode.py                         # digits: 30 s
+   exactly (theirs: a Riemann sum). Fine solvers of any length (theirs: at most 1000 steps).
+7. --grid auto on small data: the grid on which the plain solver ends nearest to the
+   reference. Theirs: edm for DDIM and Heun with EDM's networks, and for DDPM's vp (uniform
+   VP time) for DDIM, iPNDM, DPM-Solver and DEIS.
+8. CIFAR-10: EDM's unconditional network (theirs: --teacher edm-cifar10-32x32-cond-vp).
+Results beside the strongest alternative that needs no fit: RESULTS.md
+    python dode.py                         # digits: a minute
     python dode.py --lambdas lambdas.json  # measure those of an earlier run
 """
-import math
 import time
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
 
+from common.baselines import untrained_sampler
 from common.diffusion import GRIDS, noise_from_seeds, sigma_grid, with_labels
 from common.fid import labels_for, make_evaluator, measure
-from common.machinery.files import read_json, save_json
+from common.machinery.files import save_json
+from common.machinery.lambdas import read_lambdas
 from common.machinery.options import SolverOptions, cli, complete, option, parse_config, require
 from common.machinery.plots import save_curves, save_rows
 from common.machinery.ranks import share_of, sum_over_ranks
@@ -54,44 +65,80 @@ SOLVERS = {
 }
 
 
-# --- a solver, one evaluation at a time
+# --- the method, for DDIM
+
+def d_ddim(denoiser, x, sigmas, scale=10, lambdas=None):
+    """D-DDIM from x at sigmas[0] to sigmas[-1]: the last state, and the lambdas.
+
+    It is fitted to DDIM with `scale` times the steps; with `lambdas` it only samples. The
+    functions below do the same (a test compares them), for any solver.
+    """
+    fine, fitted, d_before = x, [], None
+    for i, (sigma, to) in enumerate(pairwise(sigmas)):
+        d_i = denoiser(x, sigma)
+        x = x + (to - sigma) * (x - d_i) / sigma  # x_i: one step of DDIM
+        delta = (1 - to / sigma) * (d_i - d_before) if i else torch.zeros_like(x)
+        if lambdas:
+            lam = lambdas[i]
+        else:
+            for s, s_to in pairwise(levels_between(sigma, to, scale)):
+                fine = fine + (s_to - s) * (fine - denoiser(fine, s)) / s  # X_i: `scale` steps
+            lam = (delta * (fine - x)).sum() / (delta * delta).sum() if i else 0.0
+        x = x + lam * delta
+        fitted.append(float(lam))
+        d_before = d_i
+    return x, fitted
+
+
+def levels_between(sigma, to, count):
+    """`count` steps from sigma down to `to`: count + 1 noise levels, even in sigma^(1/7)."""
+    first, last = sigma ** (1 / 7), to ** (1 / 7)
+    inner = [(first + k / count * (last - first)) ** 7 for k in range(1, count)]
+    return [sigma, *inner, to]
+
+
+# --- any solver, one network evaluation at a time
 
 class Stage(NamedTuple):
-    """One evaluation and the move after it: x <- start + sum_j weights[j] slope_j.
+    """One evaluation and the step after it: x <- start + sum_j weights[j] slope_j.
 
-    slope = dx/dsigma = (x - D(x, sigma)) / sigma, the newest first.
+    slope = dx/dsigma = (x - D(x, sigma)) / sigma, the newest first. `start` is x, or in the
+    second stage of a Runge-Kutta step the state where that step began. iPNDM's second
+    evaluation on the grid 80, 10, 1, 0.1, where it is two-step Adams-Bashforth:
+        Stage(sigma=10.0, to=1.0, second=False, weights=(-13.5, 4.5))
     """
     sigma: float  # noise level of the evaluation
-    to: float  # noise level after the move
-    second: bool  # of a Runge-Kutta step: start is where that began, else x
+    to: float  # noise level after it
+    second: bool  # the second stage of a Runge-Kutta step
     weights: tuple  # one to four floats
 
 
 def stages_of(solver, sigmas, nfe=None):
     """A solver on the grid `sigmas` (n+1,) as a list of `nfe` Stages.
 
-    All solvers are linear in the slopes: with unit vectors as slopes, states are weights.
+    The solver runs from x = 0 on a fake denoiser whose k-th slope is the k-th unit vector:
+    solvers are linear in the slopes, so that each state *is* the list of its weights.
     """
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
     unit = torch.eye(2 * len(sigmas), dtype=torch.float64)
     levels, states, stages = [], [], []
 
-    def denoiser(x, sigma):
+    def fake_denoiser(x, sigma):
         levels.append(float(sigma))
         states.append(x)
-        return x - sigma * unit[len(levels) - 1]  # its slope is a unit vector
+        return x - sigma * unit[len(levels) - 1]  # (x - D) / sigma is a unit vector
 
-    states.append(SOLVERS[solver](denoiser, 0 * unit[:1], sigmas))
+    states.append(SOLVERS[solver](fake_denoiser, 0 * unit[:1], sigmas))
     levels.append(float(sigmas[-1]))
     for k in range(len(levels) - 1):
         second = solver in TWO_EVALUATIONS and k % 2 == 1
-        move = states[k + 1] - states[k - 1 if second else k]
-        weights = move[0, : k + 1].flip(0).tolist()
+        change = states[k + 1] - states[k - 1 if second else k]
+        weights = change[0, : k + 1].flip(0).tolist()
         while not weights[-1]:
             weights.pop()
         stages.append(Stage(levels[k], levels[k + 1], second, tuple(weights)))
-    if nfe == len(stages) - 1:  # an odd budget: the last step becomes Euler's
-        sigma, to = sigmas[-2:].tolist()
+    if nfe == len(stages) - 1:  # an odd number: the last step becomes Euler's
+        sigma, _, to = levels[-3:]
         stages[-2:] = [Stage(sigma, to, False, (to - sigma,))]
     return stages
 
@@ -99,95 +146,101 @@ def stages_of(solver, sigmas, nfe=None):
 class Point(NamedTuple):
     """A point of a sampling trajectory: tensors (B, C, H, W), float64."""
     x: torch.Tensor
-    start: torch.Tensor  # where the step began
-    output: torch.Tensor | None  # D_{i-1}
+    start: torch.Tensor  # the state where the solver's step began
+    output: torch.Tensor | None  # D_i of the evaluation before
     delta: torch.Tensor | None = None  # what lambda = 1 adds to x
-    slopes: tuple = ()  # the newest first, at most 4
+    slopes: tuple = ()  # of the evaluations before, the newest first, at most 4
 
 
 def begin(x, sigma, output="x0"):
-    """The first point. In data it has no D_{i-1}; in noise that is x_T, at unit variance."""
+    """The first point of a trajectory, D_{-1} as in the official code.
+
+    An x0-prediction has none: the first evaluation is not corrected. For an eps-prediction it
+    is x_T, at unit variance.
+    """
     return Point(x, x, None if output == "x0" else x / (1 + sigma**2) ** 0.5)
 
 
 def step(denoiser, point, stage, output="x0"):
-    """One evaluation: the next Point, not corrected.
-
-    D_i is the network's output; in a multistep solver, the combination it moves along.
-    """
-    x, h = point.x, stage.to - stage.sigma
+    """One evaluation and the plain solver's step: the next Point, not corrected."""
+    x = point.x
     denoised = denoiser(x, stage.sigma)  # (B, C, H, W)
     slopes = ((x - denoised) / stage.sigma, *point.slopes[:3])
     start = point.start if stage.second else x
-    moved = start + sum(w * slope for w, slope in zip(stage.weights, slopes))
-    now, gain = slopes[0], stage.weights[0]  # D_i in noise, and its weight in the move
-    if not stage.second:
-        now, gain = sum(w / h * slope for w, slope in zip(stage.weights, slopes)), h
-    if output == "x0":  # in data, D = x - sigma slope, without cancellation
-        now, gain = denoised + stage.sigma * (slopes[0] - now), -gain / stage.sigma
-    delta = torch.zeros_like(x) if point.output is None else gain * (now - point.output)
-    return Point(moved, start, now, delta, slopes)
+    change = sum(w * slope for w, slope in zip(stage.weights, slopes))
+    # D_i as noise: the combination of slopes along which the solver makes its step; in a
+    # second stage the newest slope alone. gain: its weight in the step.
+    gain = stage.weights[0] if stage.second else stage.to - stage.sigma
+    d_i = eps_i = slopes[0] if stage.second else change / gain
+    if output == "x0":  # D_i = x - sigma eps_i, without cancellation
+        d_i, gain = denoised + stage.sigma * (slopes[0] - eps_i), -gain / stage.sigma
+    delta = torch.zeros_like(x) if point.output is None else gain * (d_i - point.output)
+    return Point(start + change, start, d_i, delta, slopes)
 
 
 def integrate(denoiser, x, stages, lambdas=None, output="x0"):
     """A solver, plain or distilled, from stages[0].sigma to stages[-1].to; float64."""
     point = begin(x.double(), stages[0].sigma, output)
-    for stage, value in zip(stages, lambdas or [0.0] * len(stages)):
+    for stage, lam in zip(stages, lambdas or [0.0] * len(stages)):
         point = step(denoiser, point, stage, output)
-        point = point._replace(x=point.x + value * point.delta)
+        point = point._replace(x=point.x + lam * point.delta)
     return point.x
 
 
 # --- the fit
 
-def student_grid(config, solver, nfe):
-    """Noise levels (n+1,) for `nfe` evaluations: one a step, or two (n is rounded up)."""
+def student_grid(config, solver, nfe, kind=None):
+    """Noise levels (n+1,) for `nfe` evaluations: one a step, or two (n is rounded up).
+
+    Of a hand-made grid (--grid, or `kind` where that is auto), or of --schedule.
+    """
     n = (nfe + 1) // 2 if solver in TWO_EVALUATIONS else nfe
-    sigmas = sigma_grid(config.grid, n, config.sigma_min, config.sigma_max)
+    kind = kind or "edm" if config.grid == "auto" else config.grid
+    sigmas = sigma_grid(kind, n, config.sigma_min, config.sigma_max)
     return coupled_schedule(config.schedule, sigmas) if config.schedule else sigmas
 
 
-def teacher_grid(student, scale):
-    """(levels, targets): stage k is compared with the teacher at levels[targets[k]].
+def fine_grid(student, scale):
+    """(levels, targets): stage k is compared with the fine state at levels[targets[k]].
 
-    C levels per evaluation: between two of the student's, EDM's, uniform in sigma^(1/7).
+    Between two of the student's levels `scale` fine steps per evaluation: twice as many for
+    Heun's two stages, which end at the same level.
     """
     levels = [student[0].sigma]
-    for to, count in Counter(stage.to for stage in student).items():  # Heun: two stages
-        first, last = torch.tensor([levels[-1], to], dtype=torch.float64) ** (1 / 7)
-        u = torch.linspace(0, 1, scale * count + 1, dtype=torch.float64)[1:-1]
-        levels += [*((first + u * (last - first)) ** 7).tolist(), to]
+    for to in dict.fromkeys(stage.to for stage in student):
+        count = sum(stage.to == to for stage in student)
+        levels += levels_between(levels[-1], to, scale * count)[1:]
     targets = [levels.index(stage.to) for stage in student]
     return torch.tensor(levels, dtype=torch.float64), targets
 
 
-def make_plan(config, solver, nfe):
-    """(student's stages, teacher's stages, targets)."""
-    student = stages_of(solver, student_grid(config, solver, nfe), nfe)
-    levels, targets = teacher_grid(student, config.scale)
-    teacher = "ddim" if solver in TWO_EVALUATIONS else solver  # as in the paper
-    return student, stages_of(teacher, levels), targets
+def make_plan(config, solver, nfe, kind=None):
+    """(student's stages, fine solver's stages, targets)."""
+    student = stages_of(solver, student_grid(config, solver, nfe, kind), nfe)
+    levels, targets = fine_grid(student, config.scale)
+    fine_solver = "ddim" if solver in TWO_EVALUATIONS else solver  # as in the paper
+    return student, stages_of(fine_solver, levels), targets
 
 
-@torch.no_grad()
-def fit_lambdas(student, teacher, targets, denoiser, x, output="x0"):
+def fit_lambdas(student, fine, targets, denoiser, x, output="x0"):
     """One lambda per stage, and the sum of squares that remains after the last one.
 
     x (N, C, H, W): this rank's images at the first level. Sums are over all ranks.
     """
-    ours, theirs = begin(x, student[0].sigma, output), begin(x, student[0].sigma)
+    student_point, fine_point = begin(x, student[0].sigma, output), begin(x, student[0].sigma)
     lambdas, done = [], 0
     for stage, target in zip(student, targets):
-        for teacher_stage in teacher[done:target]:
-            theirs = step(denoiser, theirs, teacher_stage)
+        for fine_stage in fine[done:target]:
+            fine_point = step(denoiser, fine_point, fine_stage)
         done = target
-        ours = step(denoiser, ours, stage, output)
-        delta, rest = ours.delta, theirs.x - ours.x  # delta_i, X_i - x_i
+        student_point = step(denoiser, student_point, stage, output)
+        delta = student_point.delta  # delta_i
+        error = fine_point.x - student_point.x  # X_i - x_i
         length = inner(delta, delta)  # 0 where there is no D_{i-1}
-        lambdas.append(inner(delta, rest) / length if length else 0.0)
-        ours = ours._replace(x=ours.x + lambdas[-1] * delta)
-    rest = theirs.x - ours.x
-    return lambdas, inner(rest, rest)
+        lambdas.append(inner(delta, error) / length if length else 0.0)
+        student_point = student_point._replace(x=student_point.x + lambdas[-1] * delta)
+    error = fine_point.x - student_point.x
+    return lambdas, inner(error, error)
 
 
 def inner(a, b):
@@ -195,38 +248,62 @@ def inner(a, b):
     return sum_over_ranks((a * b).sum()).item()
 
 
+def best_grid(config, solver, nfe, denoiser, x, reference):
+    """The hand-made grid on which the plain solver, from x, ends nearest to `reference`."""
+    errors = {}
+    for kind in GRIDS:
+        stages = stages_of(solver, student_grid(config, solver, nfe, kind), nfe)
+        error = integrate(denoiser, x, stages) - reference
+        errors[kind] = inner(error, error)
+    return min(errors, key=errors.get)
+
+
 @dataclass
 class Config(SolverOptions):
     nfe: tuple[int, ...] = option((5,), "network evaluations (official: 10)", low=1)
     solver: tuple[str, ...] = option(tuple(SOLVERS), "solvers to distil", choices=tuple(SOLVERS))
-    scale: int = option(10, "C: teacher steps per evaluation (official: 10)", low=1)
-    grid: str = option("edm", "the student's time grid (official: edm)", choices=GRIDS)
-    output: str = option("x0", "D: data (official: EDM) or noise (DDPM)", choices=("x0", "eps"))
-    schedule: str | None = option(None, "grid: schedule.json of ld3.py --times coupled")
-    lambdas: str | None = option(None, "lambdas.json of an earlier run: fit nothing")
-    fit_n: int | None = option(None, "images of the fitting set", low=1)
-    fit_batch: int | None = option(None, "of these, how many at a time", low=1)
-    reference_nfe: int | None = option(None, "of RMSE's fine trajectory, by Heun", low=2)
+    scale: int = option(10, "C: fine steps per network evaluation (official: 10)", low=1)
+    grid: str | None = option(
+        None, "time grid of the student; auto: the one best for the plain solver on the fitting "
+        "images (official: edm with EDM's networks, else vp)", choices=("auto", *GRIDS),
+    )
+    output: str = option(
+        "x0", "what D is: x0 (official for EDM's networks) or eps (DDPM's)", choices=("x0", "eps")
+    )
+    schedule: str | None = option(None, "grid of a schedule.json of ld3.py --times coupled")
+    lambdas: str | None = option(None, "the lambdas.json of an earlier run: nothing is fitted")
+    fit_n: int | None = option(None, "number of fitting images", low=1)
+    fit_batch: int | None = option(None, "fitting images per network evaluation", low=1)
+    reference_nfe: int | None = option(
+        None, "evaluations of the reference of RMSE and --grid auto: Heun, EDM grid", low=2
+    )
 
     def __post_init__(self):
         complete(self, PRESETS, SMOKE)
-        for job in product(("ddim", *self.solver), self.nfe):
-            student_grid(self, *job)  # may raise
+        self.grid = "edm" if self.schedule else self.grid  # of the right length, then replaced
+        for nfe, solver in product(self.nfe, ("ddim", *self.solver)):
+            student_grid(self, solver, nfe)  # may raise
 
 
 # Official: launch.sh (one batch of 100), the usual FID of 50,000 images.
-_OFFICIAL = dict(fit_n=100, fit_batch=100, reference_nfe=200, eval_n=50_000, eval_batch=256)
+_OFFICIAL = dict(grid="edm", fit_n=100, fit_batch=100, reference_nfe=200, eval_n=50_000)
+_SMALL = dict(grid="auto", fit_n=128, fit_batch=32, reference_nfe=50, eval_n=512)
 PRESETS = {
-    "digits": dict(fit_n=256, fit_batch=128, reference_nfe=64, eval_n=512, eval_batch=128),
-    "mnist": dict(fit_n=128, fit_batch=32, reference_nfe=50, eval_n=512, eval_batch=32),
-    "cifar10": _OFFICIAL,
-    "imagenet64": {**_OFFICIAL, "eval_batch": 128},
-    "folder": dict(fit_n=128, fit_batch=32, reference_nfe=50, eval_n=500, eval_batch=50),
-    "folder-gpu": {**_OFFICIAL, "eval_n": 10_000},
+    "digits": _SMALL | dict(fit_n=256, fit_batch=128, reference_nfe=64, eval_batch=128),
+    "mnist": _SMALL | dict(eval_batch=32),
+    "cifar10": _OFFICIAL | dict(eval_batch=256),
+    "imagenet64": _OFFICIAL | dict(eval_batch=128),
+    "folder": _SMALL | dict(eval_n=500, eval_batch=50),
+    "folder-gpu": _OFFICIAL | dict(eval_n=10_000, eval_batch=256),
 }
 SMOKE = dict(fit_n=8, fit_batch=4, reference_nfe=8, eval_n=32, eval_batch=32)
 
 
+def reference_grid(config):
+    return sigma_grid("edm", config.reference_nfe // 2, config.sigma_min, config.sigma_max)
+
+
+@torch.no_grad()
 def fit(config, run=None, teacher=None):
     """Fit every solver at every --nfe; {(solver, nfe): its entry in lambdas.json}."""
     run = run or Run("dode", config)
@@ -238,59 +315,41 @@ def fit(config, run=None, teacher=None):
     if x.is_cuda and 16 * x.nbytes > torch.cuda.mem_get_info()[0] / 4:  # two Points
         x = x.cpu()
 
-    def denoiser(x, sigma):  # the teacher, --fit-batch images at a time
+    def denoiser(x, sigma):  # the teacher network, --fit-batch images at a time
         outputs = []
-        for part, seed in zip(x.split(config.fit_batch), seeds.split(config.fit_batch)):
+        for images, seed in zip(x.split(config.fit_batch), seeds.split(config.fit_batch)):
             labels = labels_for(seed, teacher.net.label_dim, run.device)
-            outputs.append(teacher(part.to(run.device), sigma, labels))
+            outputs.append(teacher(images.to(run.device), sigma, labels))
         return torch.cat(outputs).to(x.device)
 
     state = State(fitted={})
     run.resume(state=state)
+    kind, auto = config.grid, config.grid == "auto"
+    reference = heun(denoiser, x, reference_grid(config)) if auto else None
     jobs = list(product(config.nfe, config.solver))
     for job in run.steps(len(jobs), "fitting"):
         (nfe, solver), started = jobs[job], time.perf_counter()
-        student, fine, targets = make_plan(config, solver, nfe)
+        if auto:
+            kind = best_grid(config, solver, nfe, denoiser, x, reference)
+        student, fine, targets = make_plan(config, solver, nfe, kind)
         lambdas, squares = fit_lambdas(student, fine, targets, denoiser, x, config.output)
-        mean = squares / (config.fit_n * x[0].numel())
-        run.loss = torch.tensor(mean**0.5)  # RMSE to the teacher's last state
+        mean = torch.tensor(squares / (config.fit_n * x[0].numel()))
+        run.loss = mean.sqrt()  # RMSE to the fine solver's last state
         state.fitted[solver, nfe] = {
-            "solver": solver, "nfe": nfe, "sigmas": student_grid(config, solver, nfe).tolist(),
-            "lambdas": lambdas, "fit_evaluations": config.fit_n * (nfe + len(fine)),
+            "solver": solver, "nfe": nfe, "grid": "schedule" if config.schedule else kind,
+            "sigmas": student_grid(config, solver, nfe, kind).tolist(), "lambdas": lambdas,
+            "fit_evaluations": config.fit_n * (nfe + len(fine)),
             "fit_seconds": round(time.perf_counter() - started, 2),
         }
+    if auto:
+        grids = ", ".join(f"{s} {nfe} {e['grid']}" for (s, nfe), e in state.fitted.items())
+        run.say(f"grids, the best for the plain solver on the fitting images: {grids}")
     return state.fitted
-
-
-def read_lambdas(config):
-    """What `fit` returned, from --lambdas. UsageError if its options were others."""
-    def about(output, sigmas, count):
-        grid = ", ".join(f"{sigma:.6g}" for sigma in sigmas)
-        return f"--output {output}, {count} finite lambdas, grid {grid}"
-
-    has, what = {}, "a lambdas.json of dode.py"
-    file = read_json(config.lambdas, "lambdas", what)
-    try:
-        entries = {f"{e['solver']} at {e['nfe']}": e for e in file["solvers"]}
-        for job, entry in entries.items():
-            count = sum(map(math.isfinite, entry["lambdas"]))
-            has[job] = about(file["output"], entry["sigmas"], count)
-    except Exception as error:  # whatever the file holds
-        why = f"not {what} ({type(error).__name__}: {error})"
-        require(False, "lambdas", config.lambdas, why)
-    chosen = {}
-    for nfe, solver in product(config.nfe, config.solver):
-        sigmas, job = student_grid(config, solver, nfe), f"{solver} at {nfe}"
-        needs = about(config.output, sigmas, nfe)
-        wrong = f"has {has.get(job, list(has))}; --solver {solver} --nfe {nfe} needs {needs}"
-        require(has.get(job) == needs, "lambdas", config.lambdas, wrong)
-        chosen[solver, nfe] = entries[job]
-    return chosen
 
 
 def main():
     config = parse_config(Config, PRESETS, __doc__)
-    fitted = read_lambdas(config) if config.lambdas else None  # before any work
+    fitted = read_lambdas(config, partial(student_grid, config)) if config.lambdas else None
     run = Run("dode", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     evaluator = make_evaluator(config, run.device)
@@ -310,16 +369,20 @@ def main():
         samplers[f"d-{solver}", nfe] = sampler(integrate, stages, lambdas, config.output)
         curves.setdefault(f"d-{solver}", (range(1, nfe + 1), lambdas))  # the first --nfe
     for nfe in config.nfe:
-        sigmas = student_grid(config, "ddim", nfe)
-        samplers["ab2", nfe] = sampler(ipndm, sigmas, order=2)
-        samplers["dpmpp2m", nfe] = sampler(dpmpp, sigmas, order=2)
-    n = config.reference_nfe // 2
-    sigmas = sigma_grid("edm", n, config.sigma_min, config.sigma_max)
-    samplers["teacher", 2 * n] = sampler(heun, sigmas)
+        if ("ddim", nfe) in fitted:  # known solvers of order 2 on the same grid
+            sigmas = torch.tensor(fitted["ddim", nfe]["sigmas"], dtype=torch.float64)
+            samplers["ab2", nfe] = sampler(ipndm, sigmas, order=2)
+            samplers["dpmpp2m", nfe] = sampler(dpmpp, sigmas, order=2)
+        ends = config.sigma_min, config.sigma_max
+        name, best = untrained_sampler(teacher, config.dataset, nfe, *ends)
+        samplers[name, nfe] = best
+    nfe = 2 * (config.reference_nfe // 2)
+    samplers["teacher", nfe] = sampler(heun, reference_grid(config))
 
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")
-    for row, entry in zip(rows[1::2], fitted.values()):  # of d-ddim, d-ipndm, ...
-        row |= {name: value for name, value in entry.items() if name.startswith("fit_")}
+    for plain, distilled, entry in zip(rows[::2], rows[1::2], fitted.values()):
+        plain["grid"] = distilled["grid"] = entry["grid"]
+        distilled |= {key: value for key, value in entry.items() if key.startswith("fit_")}
     save_rows(run.out / "samples.png", pictures)
     names = f"network evaluation, 1 to {config.nfe[0]}", "lambda (logarithmic beyond 1)"
     save_curves(run.out / "lambdas.png", curves, *names, log="symlog")

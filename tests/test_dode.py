@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 
 import dode
 from common import UsageError
-from common.diffusion import Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
+from common.baselines import untrained_sampler
+from common.diffusion import GRIDS, Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
 from common.machinery.run import Run
 from common.machinery.schedule import save_schedule
-from common.solvers import TWO_EVALUATIONS, euler, heun, ipndm
+from common.solvers import TWO_EVALUATIONS, dpmpp, euler, heun, ipndm
 from common.teacher import load_teacher
 from common.unet import ddpmpp
 from dode import SOLVERS, Stage
@@ -115,6 +117,29 @@ def test_data_and_noise_differ_by_the_correction_before():
         )
 
 
+@pytest.mark.parametrize("grid", ["edm", "cosine"])
+def test_d_ddim_in_full_is_the_general_path(grid):
+    """The function that stands first in the file, fitted and sampled."""
+    denoiser, config = mixture("edm"), dode.Config(scale=4, grid=grid)
+    x, new = (80 * golden("edm", f"latent{b}") for b in (1, 2))
+    sigmas = dode.student_grid(config, "ddim", 5).tolist()
+    state, lambdas = dode.d_ddim(denoiser, x, sigmas, scale=4)
+    student, fine, targets = dode.make_plan(config, "ddim", 5)
+    expected, _ = dode.fit_lambdas(student, fine, targets, denoiser, x)
+    assert lambdas == pytest.approx(expected, rel=1e-9) and max(map(abs, lambdas)) > 0.1
+    new_state, same = dode.d_ddim(denoiser, new, sigmas, lambdas=lambdas)
+    assert same == lambdas
+    for got, noise in ((state, x), (new_state, new)):
+        torch.testing.assert_close(
+            got, dode.integrate(denoiser, noise, student, expected), rtol=1e-9, atol=1e-10
+        )
+
+
+def test_the_stage_that_is_printed():
+    expected = Stage(10.0, 1.0, False, (pytest.approx(-13.5), pytest.approx(4.5)))
+    assert dode.stages_of("ipndm", [80, 10, 1, 0.1])[1] == expected
+
+
 # ----------------------------------------------------- the official numbers, EDM's form
 # Their grids, on which the noise levels of student and teacher do not meet.
 
@@ -176,14 +201,14 @@ def test_official_grids_do_not_meet_and_ours_do():
     for solver in SOLVERS:
         for sigmas in grids:
             student = dode.stages_of(solver, sigmas)
-            levels, targets = dode.teacher_grid(student, 7)
+            levels, targets = dode.fine_grid(student, 7)
             assert levels[targets].tolist() == [stage.to for stage in student]
             assert len(levels) == 7 * len(student) + 1
             assert (levels.diff() < 0).all()
-    levels, _ = dode.teacher_grid(dode.stages_of("ddim", sigma_grid("edm", 6)), 10)
+    levels, _ = dode.fine_grid(dode.stages_of("ddim", sigma_grid("edm", 6)), 10)
     torch.testing.assert_close(levels, sigma_grid("edm", 60), rtol=1e-12, atol=0)
     student, teacher, _ = dode.make_plan(dode.Config(), "heun", 4)
-    assert teacher == dode.stages_of("ddim", dode.teacher_grid(student, 10)[0])
+    assert teacher == dode.stages_of("ddim", dode.fine_grid(student, 10)[0])
     teacher = dode.make_plan(dode.Config(), "deis3", 4)[1]
     assert len(teacher[5].weights) == 4  # the others have themselves as teacher
 
@@ -205,7 +230,7 @@ def test_official_targets_make_ddim_worse_on_digits():
         return in_batches(lambda part: denoiser(part, sigma), x)
 
     student, far, far_targets = official_plan("ddim", 10)
-    levels, targets = dode.teacher_grid(student, 10)
+    levels, targets = dode.fine_grid(student, 10)
     x = 80 * noise_from_seeds(range(10**9, 10**9 + 256), shape)
     theirs, _ = dode.fit_lambdas(student, far, far_targets, teacher, x)
     ours, _ = dode.fit_lambdas(student, dode.stages_of("ddim", levels), targets, teacher, x)
@@ -425,7 +450,9 @@ def toy():
 
 def toy_config(tmp_path, **options):
     return dode.Config(
-        device="cpu", out=str(tmp_path), **{"fit_n": 64, "fit_batch": 64, "scale": 4, **options}
+        device="cpu",
+        out=str(tmp_path),
+        **{"fit_n": 64, "fit_batch": 64, "scale": 4, "grid": "edm", **options},
     )
 
 
@@ -442,7 +469,7 @@ def test_the_fit_is_float32_where_others_use_bfloat16(toy, tmp_path, monkeypatch
 def test_each_lambda_is_the_minimiser(toy, tmp_path, monkeypatch, solver, form):
     if form == "official grids":
         monkeypatch.setattr(
-            dode, "make_plan", lambda config, *job: official_plan(*job, config.scale)
+            dode, "make_plan", lambda config, *job: official_plan(*job[:2], config.scale)
         )
     output = "eps" if form == "eps" else "x0"
     config = toy_config(tmp_path, solver=solver, nfe=5, output=output)
@@ -495,6 +522,27 @@ def test_the_fit_helps_on_held_out_noise(toy, tmp_path, solver):
         for v in (None, entry["lambdas"])
     )
     assert ours < 0.98 * plain, (plain, ours)
+
+
+def test_auto_takes_the_grid_on_which_the_plain_solver_is_best(toy, tmp_path):
+    """For each solver and count, against the reference, on the fitting images alone."""
+    config = toy_config(tmp_path, nfe=(3, 6), solver=("ddim", "heun"), grid="auto", scale=2)
+    x = 80 * noise_from_seeds(range(10**9, 10**9 + 64), (1, 2, 2))
+    reference = heun(toy, x, sigma_grid("edm", 32))
+    fitted, kinds = dode.fit(config, teacher=toy), set()
+    for (solver, nfe), entry in fitted.items():
+        errors = {}
+        for kind in GRIDS:
+            named = toy_config(tmp_path, grid=kind, scale=2)
+            stages = dode.stages_of(solver, dode.student_grid(named, solver, nfe), nfe)
+            errors[kind] = (dode.integrate(toy, x, stages) - reference).square().sum().item()
+        kind = min(errors, key=errors.get)
+        named = toy_config(tmp_path, grid=kind, nfe=nfe, solver=solver, scale=2)
+        expected = dode.fit(named, teacher=toy)[solver, nfe]
+        assert entry["grid"] == kind and entry["sigmas"] == expected["sigmas"]
+        assert entry["lambdas"] == expected["lambdas"]
+        kinds.add(kind)
+    assert len(kinds) > 1, kinds  # no grid is best everywhere
 
 
 @pytest.mark.parametrize("output", ["x0", "eps"])
@@ -679,7 +727,8 @@ def test_two_ranks_fit_as_one(toy, tmp_path):
         check=True,
         capture_output=True,
     )
-    one = dode.fit(toy_config(tmp_path / "one", fit_n=256, fit_batch=256, nfe=4), teacher=toy)
+    options = dict(fit_n=256, fit_batch=256, nfe=4, grid="auto")  # as theirs, by the preset
+    one = dode.fit(toy_config(tmp_path / "one", **options), teacher=toy)
     for rank in (0, 1):
         for got, entry in zip(
             json.loads((tmp_path / f"rank{rank}.json").read_text()), one.values()
@@ -710,21 +759,12 @@ def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_
         "checkpoint.pt",
     }
     rows = results(tmp_path / "a")
-    assert [(row["name"], row["nfe"]) for row in rows] == [
-        ("ddim", 3),
-        ("d-ddim", 3),
-        ("heun", 3),
-        ("d-heun", 3),
-        ("ddim", 4),
-        ("d-ddim", 4),
-        ("heun", 4),
-        ("d-heun", 4),
-        ("ab2", 3),
-        ("dpmpp2m", 3),
-        ("ab2", 4),
-        ("dpmpp2m", 4),
-        ("teacher", 8),
-    ]
+    fitted = ["ddim", "d-ddim", "heun", "d-heun"]
+    others = ["ab2", "dpmpp2m", "untrained"]
+    names = [(row["name"].split(" ")[0], row["nfe"]) for row in rows]
+    expected = product((3, 4), fitted), product((3, 4), others)
+    assert names == [(name, nfe) for nfe, name in chain(*expected)] + [("teacher", 8)]
+    assert all(row["grid"] in GRIDS for row in rows[:8])
     assert all(row["fid_n"] == 32 and row["fid_features"] == "digits-classifier" for row in rows)
     assert (
         rows[1]["fit_evaluations"] == 8 * (3 + 30)
@@ -747,6 +787,74 @@ def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_
         results(tmp_path / "a") == rows
         and (tmp_path / "a" / "checkpoint.pt").stat().st_mtime_ns == modified
     )
+
+
+@pytest.mark.parametrize("options", [
+    dict(nfe=(3, 4), output="eps", grid="vp", sigma_min=0.01, sigma_max=40.0, reference_nfe=10),
+    dict(nfe=(5,)),  # each solver on its best grid
+])
+def test_every_row_is_what_its_name_and_the_options_say(tmp_path, monkeypatch, options):
+    """The samplers of main, on a denoiser that writes down its noise levels."""
+    class Recorder(Toy):
+        levels = []
+
+        def forward(self, x, sigma, labels=None):
+            self.levels.append(float(sigma))
+            return super().forward(x, sigma)
+
+    taken = {}
+
+    def measure(run, samplers, net, evaluator, reference):
+        taken.update(samplers)
+        return [{"name": name, "nfe": nfe} for name, nfe in samplers], {}
+
+    blobs = five_blobs(0.2)
+    teacher, plain = Recorder(blobs.means, blobs.stds), Recorder(blobs.means, blobs.stds)
+    monkeypatch.setattr(dode, "load_teacher", lambda *a: teacher)
+    for name in ("make_evaluator", "save_rows"):
+        monkeypatch.setattr(dode, name, lambda *a: None)
+    monkeypatch.setattr(dode, "measure", measure)
+    arguments = []
+    for key, value in options.items():
+        several = value if isinstance(value, tuple) else [value]
+        arguments += [f"--{key.replace('_', '-')}", *several]
+    run_main(
+        monkeypatch, *arguments, "--fit-n", 32, "--scale", 3, "--device", "cpu", "--out", tmp_path
+    )
+    noise = noise_from_seeds(range(5), (1, 2, 2))
+    config = dode.Config(**options)
+    x, ends = config.sigma_max * noise, (config.sigma_min, config.sigma_max)
+    entries = json.loads((tmp_path / "lambdas.json").read_text())["solvers"]
+    entries = {(entry["solver"], entry["nfe"]): entry for entry in entries}
+    wanted = {("teacher", config.reference_nfe): lambda: heun(
+        plain, x, sigma_grid("edm", config.reference_nfe // 2, *ends)
+    )}
+    for (solver, nfe), entry in entries.items():
+        two = solver in TWO_EVALUATIONS
+        assert options.get("grid", entry["grid"]) == entry["grid"]
+
+        def distilled(solver=solver, nfe=nfe, entry=entry, lambdas=None):
+            stages = dode.stages_of(solver, entry["sigmas"], nfe)
+            return dode.integrate(plain, x, stages, lambdas, config.output)
+
+        wanted[f"d-{solver}", nfe] = partial(distilled, lambdas=entry["lambdas"])
+        wanted[solver, nfe] = distilled
+        if nfe % 2 == 0 or not two:
+            sigmas = sigma_grid(entry["grid"], nfe // 2 if two else nfe, *ends)
+            wanted[solver, nfe] = partial(SOLVERS[solver], plain, x, sigmas)
+    for nfe in config.nfe:
+        sigmas = torch.tensor(entries["ddim", nfe]["sigmas"], dtype=torch.float64)
+        wanted["ab2", nfe] = partial(ipndm, plain, x, sigmas, order=2)
+        wanted["dpmpp2m", nfe] = partial(dpmpp, plain, x, sigmas, order=2)
+        name, sampler = untrained_sampler(plain, "digits", nfe, *ends)
+        wanted[name, nfe] = partial(sampler, noise, None)
+    assert taken.keys() == wanted.keys()
+    for (name, nfe), expected in wanted.items():
+        teacher.levels, plain.levels = [], []
+        torch.testing.assert_close(taken[name, nfe](noise, None), expected(), rtol=0, atol=1e-9)
+        assert len(teacher.levels) == nfe and teacher.levels == pytest.approx(plain.levels), name
+    results = {key: taken[key](noise, None) for key in taken}
+    assert all((results[s, n] != results[f"d-{s}", n]).any() for s, n in entries)
 
 
 def test_the_grid_may_be_one_that_ld3_learned(tmp_path, monkeypatch):
@@ -774,10 +882,11 @@ def test_the_grid_may_be_one_that_ld3_learned(tmp_path, monkeypatch):
 
 
 def entry_of(solver="ddim", nfe=4, **changes):
-    sigmas = dode.student_grid(dode.Config(), solver, nfe).tolist()
+    sigmas = dode.student_grid(dode.Config(grid="edm"), solver, nfe).tolist()
     return {
         "solver": solver,
         "nfe": nfe,
+        "grid": "edm",
         "sigmas": sigmas,
         "lambdas": [0.1] * nfe,
         "fit_evaluations": 1,
@@ -792,6 +901,14 @@ FILES = {
     "GRID": {"output": "x0", "solvers": [entry_of(sigmas=sigma_grid("logsnr", 4).tolist())]},
     "SHORT": {"output": "x0", "solvers": [entry_of(lambdas=[0.1] * 3)]},
     "NAN": {"output": "x0", "solvers": [entry_of(lambdas=[0.1, 0.1, float("nan"), 0.1])]},
+    "NAN_OF_5": {"output": "x0", "solvers": [entry_of(lambdas=[float("nan"), *[0.1] * 4])]},
+    "HUGE": {"output": "x0", "solvers": [entry_of(lambdas=[0.1, 0.1, -1e10, 0.1])]},
+    "HUGER": {"output": "x0", "solvers": [entry_of(lambdas=[10**400] * 4)]},
+    "HUGE_GRID": {"output": "x0", "solvers": [entry_of(sigmas=[10**400] * 5)]},
+    "CONTROL": {"output": "x0", "solvers": [{**entry_of(), "solver": "dd\x07im", "nfe": "\n"}]},
+    "CONTROL_2": {"output": "x0\x1b[2J\n", "solvers": [entry_of(lambdas=["\x1b\n"] * 4)]},
+    "CONTROL_3": {"output": "x0\x1b[2J\n", "solvers": [entry_of(grid="\x1b\n")]},
+    "OTHER": {"output": "x0", "solvers": [entry_of(grid="cats")]},
     "DECOUPLED": {"sigmas": [80, 9, 2, 1, 0.002], "sigmas_net": [80, 8, 2, 1, 0.002]},
     "COUPLED": {"sigmas": [80, 9, 2, 1, 0.002], "sigmas_net": [80, 9, 2, 1, 0.002]},
     "LIST": [1, 2],
@@ -819,10 +936,15 @@ FILES = {
         (["--lambdas", "FOREIGN"], ["--lambdas", "foreign.pt", "not a lambdas.json"]),
         (["--lambdas", "LIST"], ["--lambdas", "LIST", "not a lambdas.json"]),
         (["--lambdas", "WORDS"], ["--lambdas", "WORDS", "not a lambdas.json"]),
-        (
-            ["--lambdas", "NAN"],
-            ["--lambdas", "NAN", "has", "3 finite lambdas", "needs", "4 finite lambdas"],
+        *(
+            (["--lambdas", name], ["--lambdas", name, "has", f"{count} of", "needs", "4 of 4"])
+            for name, count in (("NAN", 3), ("NAN_OF_5", 4), ("HUGE", 3), ("SHORT", 3))
         ),
+        *((["--lambdas", name], [name, "not a lambdas.json"]) for name in ("HUGER", "HUGE_GRID")),
+        (["--lambdas", "CONTROL"], ["CONTROL", "dd\\x07im at", "--solver ddim --nfe 4"]),
+        (["--lambdas", "CONTROL_2"], ["CONTROL_2", "not a lambdas.json"]),
+        (["--lambdas", "CONTROL_3", "--grid", "edm"], ["CONTROL_3", "x0?[2J", "--output x0,"]),
+        (["--lambdas", "OTHER"], ["time grid cats: unknown"]),
         (
             ["--lambdas", "GOOD", "--solver", "heun"],
             ["--lambdas", "GOOD", "--solver heun", "ddim at 4", "deis2 at 4"],
@@ -830,12 +952,8 @@ FILES = {
         (["--lambdas", "GOOD", "--nfe", "5"], ["--lambdas", "GOOD", "--nfe 5", "ddim at 4"]),
         (["--lambdas", "GOOD", "--sigma-max", "70"], ["--lambdas", "GOOD", "80", "70"]),
         (
-            ["--lambdas", "GRID"],
+            ["--lambdas", "GRID", "--grid", "edm"],
             ["--lambdas", "GRID", "has", "grid 80, 5.65685", "needs", "grid 80, 17.5278"],
-        ),
-        (
-            ["--lambdas", "SHORT"],
-            ["--lambdas", "SHORT", "has", "3 finite lambdas", "needs", "4 finite lambdas"],
         ),
         (["--lambdas", "EPS"], ["--lambdas", "EPS", "--output eps", "--output x0"]),
         (["--schedule", "nowhere.json", "--nfe", "4"], ["--schedule nowhere.json"]),
