@@ -1,26 +1,39 @@
-"""CFD: Accelerating Diffusion Sampling with Classifier-based Feature Distillation
+"""CFD: progressive distillation with another loss; only `cfd_loss` is new.
+Accelerating Diffusion Sampling with Classifier-based Feature Distillation
 (Sun et al., ICME 2023, arXiv:2211.12039).
 
-Idea: progressive distillation (PD, progressive.py) asks a few-step student to match its
-teacher pixel by pixel, which it cannot. What matters is what is seen in the image: CFD
-compares a classifier's last features of both images, as distributions over features.
+Idea: progressive distillation (PD: Salimans & Ho, arXiv:2202.00512, progressive.py) asks
+a student to match, pixel by pixel, a teacher with twice as many steps: too few steps for
+that. What matters is what is seen in the image: CFD compares the features that a
+classifier has of both images, as distributions over features.
 
-Loss:  L = KL( softmax(f(x~) / tau) || softmax(f(D_student)) )
-           + beta (gamma L_ent + (1 - gamma) L_div)
-x~: the x0 with which one DDIM step lands where two steps of the teacher do, as in PD.
-f, p: a frozen classifier's features and class probabilities. L_ent: mean of H(p), every
-image should be of one class; L_div = -H(mean of p): all classes should occur. tau < 1
-sharpens the teacher's features. No pixel term, no weight w(sigma) (RCFD/diffusion.py).
+Loss (RCFD/diffusion.py:198-258):
+    L = KL( softmax(f(x~) / tau) || softmax(f(D_student)) )
+        + beta (gamma L_ent + (1 - gamma) L_div)
+x~ is the x0 for which *one* DDIM step ends where two steps of the teacher do (PD, Alg. 2);
+D_student is the student's estimate of x0 at the same noisy image. f are the last features
+of a frozen classifier, p its class probabilities. A tau < 1 sharpens the features of the
+teacher only (official). L_ent is the mean entropy of p: every image should be of one
+class. L_div is the negative entropy of the mean of p over the batch: all classes should
+occur. There is no pixel term and no weight w(sigma).
 
-Differences from paper and official code (github.com/zju-SWJ/RCFD, commit 14b9a3a):
- 1. The classifier sees images normalized as in its training (theirs: [-1, 1]).
+Differences from the paper's code (github.com/zju-SWJ/RCFD, commit 14b9a3a):
+ 1. The classifier sees images normalized as in its training (theirs: always [-1, 1]).
  2. Entropy by log_softmax (theirs: p log p, NaN where a probability underflows).
- 3. PD's noise levels, down to 0 (theirs: discrete cosine, leaves residual noise).
- 4. f: a small classifier or torchvision's of ImageNet (theirs: also ResNet18, DenseNet201).
- 5. digits: 16 -> 8 by PD, 8 -> 1 by CFD, 300 updates, lr 5e-4 (theirs, CIFAR-10:
-    1024 -> 8 -> 1, 10,000, 5e-5).
-Result on digits, FID [digits-classifier, n=1024] at 4, 2, 1 steps: 0.52, 0.64, 0.93; PD 0.52,
-0.69, 1.18. More: RESULTS.md
+ 3. PD's noise levels, from 80 to 0 (theirs: a discrete cosine, 20,798 to 0.0063).
+ 4. f: a small classifier of the data set, or one of ImageNet, images resized without
+    aligned corners (theirs: ResNet18, DenseNet201 trained on CIFAR-10, the epoch best on
+    test images; or ImageNet's, aligned corners). Their tau, 0.95 and 0.9, were tuned for
+    the two of CIFAR-10; for ImageNet's features none is published, 0.9 here is not tuned.
+ 5. L_div is of the whole batch (theirs: of one GPU's part, 32 of 128 images).
+ 6. Only the finished image is clipped to [-1, 1] (theirs: every prediction in sampling).
+ 7. digits: 16 -> 8 by PD, 8 -> 1 by CFD, 300 updates, learning rate 5e-4, no flips
+    (theirs, CIFAR-10: 1024 -> 8 -> 1, 10,000, 5e-5, flips). For ImageNet-64 they have an
+    option but no settings: batch and learning rate are PD's.
+As theirs, the learning rate falls along a cosine, in the stages by PD too. progressive.py,
+from whose run --pd takes students and the rows "pd", has PD's own schedule, a line.
+Result on digits, FID [digits-classifier, n=1024] with 4, 2, 1 steps: 0.52, 0.64, 0.93; PD
+0.52, 0.69, 1.18. More: RESULTS.md
     python cfd.py                                  # digits: 4 min on 2 CPU cores
     python cfd.py --pd runs/progressive-digits     # start from PD's 8-step student
     python cfd.py --beta 0.003 --gamma 0.75        # with entropy and diversity
@@ -34,19 +47,21 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from common.baselines import check_stages, halving_stages, stage_samplers
 from common.classifier import ImageNetFeatures, load_classifier
 from common.datasets import Stream, load_dataset
-from common.diffusion import expand, sigma_grid, with_labels
+from common.diffusion import expand, stage_levels, with_labels
 from common.fid import make_evaluator, measure
 from common.machinery.options import (
     DistillationOptions, cli, complete, option, parse_config, require,
 )
 from common.machinery.plots import save_fid_curves, save_rows
+from common.machinery.ranks import gather_with_gradient
 from common.machinery.run import Run
-from common.solvers import euler, heun
+from common.solvers import euler
 from common.teacher import check_classes, load_student, load_teacher, save_teacher
 
-# --- the method
+# --- the method: what only this file has
 
 
 def cfd_loss(classifier, x0_hat, target, tau, beta, gamma):
@@ -54,61 +69,53 @@ def cfd_loss(classifier, x0_hat, target, tau, beta, gamma):
 
     x0_hat, target (B, C, H, W) in [-1, 1]; classifier(x) -> features (B, F), logits (B, K).
     """
-    with torch.no_grad():
+    with torch.no_grad():  # tau divides the teacher's features only (official)
         sharpened = (classifier(target)[0] / tau).log_softmax(1)  # (B, F)
     features, logits = classifier(x0_hat)
     kl = F.kl_div(features.log_softmax(1), sharpened, log_target=True, reduction="batchmean")
     log_p = logits.log_softmax(1)  # (B, K)
     entropy = -(log_p.exp() * log_p).sum(1).mean()
+    log_p = gather_with_gradient(log_p)  # of the images of all GPUs
     log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # (K,)
-    diversity = (log_mean.exp() * log_mean).sum()  # of one rank's images (--batch-per-gpu)
+    diversity = (log_mean.exp() * log_mean).sum()
     return kl + beta * (gamma * entropy + (1 - gamma) * diversity)
 
 
-def stage_levels(n, sigma_max):
-    """The steps of an n-step student: (m, 3) rows of noise levels sigma > sigma' > sigma''.
-
-    sigma = tan(pi t / 2) at t = i/n, (i - 1/2)/n, (i - 1)/n, cut off at sigma_max.
-    Steps of length 0 are left out: m <= n.
-    """
-    t = torch.linspace(1, 0, 2 * n + 1, dtype=torch.float64)
-    sigmas = torch.tan(torch.pi / 2 * t).clamp(max=sigma_max)
-    sigmas[0] = sigma_max  # tan(pi / 2) in floating point
-    rows = torch.stack([sigmas[:-2:2], sigmas[1::2], sigmas[2::2]], 1)
-    return rows[rows[:, 0] > rows[:, 2]]
-
-
-def ddim_levels(n, sigma_max):
-    """The time grid of an n-step student, (m + 1,): from sigma_max to 0."""
-    sigmas = stage_levels(n, sigma_max)[:, 0]
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
+# --- the method: what progressive.py has too, pd_loss there with other weights
 
 
 def two_step_target(teacher, x, sigma, sigma_mid, sigma_end):
-    """x~ (B, C, H, W): with this x0 one DDIM step lands where two steps of the teacher do.
+    """PD's x~ (B, C, H, W): one DDIM step with it ends where two steps of the teacher do.
 
-    x (B, C, H, W) at level sigma; sigma >= sigma_mid > sigma_end >= 0, each (B,).
-    DDIM (Eq. 7) is Euler in sigma. With r1 = sigma'/sigma, r2 = sigma''/sigma'
-        two steps: x'' = r1 r2 x + r2 (1 - r1) D1 + (1 - r2) D2
-        one step:  x'' = r1 r2 x + (1 - r1 r2) x~
+    x (B, C, H, W) has noise level sigma; sigma >= sigma_mid > sigma_end >= 0, each (B,).
+    A DDIM step (PD, Eq. 7) is an Euler step in sigma, x' = r x + (1 - r) D with r = sigma'/sigma.
+    With D1 and D2 the teacher's estimates at sigma and sigma_mid, r1 = sigma_mid / sigma and
+    r2 = sigma_end / sigma_mid:
+        two steps of the teacher:  x'' = r1 r2 x + r2 (1 - r1) D1 + (1 - r2) D2
+        one step with x~ as D:     x'' = r1 r2 x + (1 - r1 r2) x~
     """
     r1 = expand(sigma_mid, x) / expand(sigma, x)
     r2 = expand(sigma_end, x) / expand(sigma_mid, x)
     d1 = teacher(x, sigma)
     d2 = teacher(r1 * x + (1 - r1) * d1, sigma_mid)
-    return (r2 * (1 - r1) * d1 + (1 - r2) * d2) / (1 - r1 * r2)  # Alg. 2, solved for x~
+    return (r2 * (1 - r1) * d1 + (1 - r2) * d2) / (1 - r1 * r2)  # PD, Alg. 2, solved for x~
 
 
 def pd_loss(x0_hat, target, sigma):
-    """PD's Eq. (2) with w = max(1, 1 / sigma^2), averaged. x0_hat, target (B, C, H, W)."""
-    weight = (1 / sigma**2).clamp(min=1)  # (B,)
+    """PD's Eq. 2: w(sigma) times the mean square over pixels, averaged over the batch.
+
+    x0_hat, target (B, C, H, W); sigma (B,).
+    """
+    weight = (1 / sigma**2).clamp(min=1)  # PD, section 4: truncated signal-to-noise ratio
     return (weight * (x0_hat - target).square().flatten(1).mean(1)).mean()
 
 
-def plan(first, last, updates):
-    """Stages [(steps of the student, updates)] for first, first / 2, ..., last steps."""
-    counts = [last << k for k in range(32) if last << k <= first]
-    return [(n, updates * (2 if n <= 2 else 1)) for n in reversed(counts)]
+def sample(denoiser, noise, sigmas):
+    """DDIM along the time grid `sigmas` (N + 1,): N evaluations of the denoiser.
+
+    noise (B, C, H, W) has unit variance. -> images (B, C, H, W)
+    """
+    return euler(denoiser, sigmas[0].item() * noise, sigmas)
 
 
 # --- options
@@ -124,15 +131,20 @@ class Config(DistillationOptions):
     pd: str | None = option(
         None, "folder of a progressive.py run: start from its student; measure its later ones"
     )
-    from_steps: int | None = option(None, "steps of the teacher's sampler (official: 1024)", low=1)
-    cfd_from: int | None = option(None, "PD down to so many steps, then CFD (official: 8)", low=1)
+    from_steps: int | None = option(
+        None, "steps of the teacher's sampler (official: 1024)", low=1
+    )
+    cfd_from: int | None = option(
+        None, "steps of the last student trained with PD's loss (official: 8)", low=1
+    )
     to_steps: int = option(1, "steps of the last student (paper: 1)", low=1)
     classifier: str = option(
         "own", "whose features: the data set's own classifier's, or one's that knows ImageNet",
         choices=CLASSIFIERS,
     )
     tau: float | None = option(
-        None, "temperature of the teacher's features (official: 0.9 DenseNet201, 0.95 ResNet18)",
+        None, "temperature of the teacher's features, of these alone (official, for CIFAR-10's "
+        "classifiers: DenseNet201 0.9, ResNet18 0.95)",
         above=0,
     )
     beta: float | None = option(
@@ -144,26 +156,23 @@ class Config(DistillationOptions):
     )
     batch_size: int | None = option(None, "images per update (official: 128)", low=1)
     lr: float | None = option(
-        None, "Adam's rate; falls to 0 in every stage, along a cosine (official: 5e-5)", above=0
+        None, "Adam's learning rate, falls along a cosine to 0 in every stage (official: 5e-5)",
+        above=0,
     )
     clip: float = option(1.0, "largest norm of the gradient (official: 1)", above=0)
     flip: bool | None = option(None, "random horizontal flips of the training images")
-    nfe: tuple[int, ...] | None = option(None, "steps to measure (default: all stages up to 8)")
+    nfe: tuple[int, ...] | None = option(
+        None, "steps to measure (default: all stages up to 8)"
+    )
 
     def __post_init__(self):
         complete(self, PRESETS, SMOKE)
-        counts = [n for n, _ in plan(self.from_steps, self.to_steps, 1)]
-        right = f"must be --to-steps {self.to_steps} times a power of 2"
-        require(self.from_steps in counts, "from_steps", self.from_steps, right)
-        self.nfe = self.nfe or [c for c in counts if c <= 8] or counts[-1:]
-        self.nfe = tuple(sorted(self.nfe, reverse=True))
-        stages = f"no such stage; choose from {', '.join(map(str, counts))}"
-        require(self.cfd_from in counts, "cfd_from", self.cfd_from, stages)
-        for n in self.nfe:
-            require(n in counts, "nfe", n, stages)
+        counts = check_stages(self)
+        message = f"no such stage; choose from {', '.join(map(str, counts))}"
+        require(self.cfd_from in counts, "cfd_from", self.cfd_from, message)
 
 
-# Official: config/*.txt and README of RCFD. It has no ImageNet-64: PD's batch and rate.
+# Official: config/*.txt and README of RCFD; ImageNet-64: batch and learning rate are PD's.
 _CIFAR10 = dict(
     from_steps=1024, cfd_from=8, tau=0.9, beta=0.0, updates=10_000, batch_size=128, lr=5e-5,
     flip=True, eval_n=50_000, eval_batch=256,
@@ -176,7 +185,7 @@ PRESETS = {
     "digits": _DIGITS,
     "mnist": {**_DIGITS, "updates": 150, "batch_size": 64, "eval_batch": 32},
     "cifar10": _CIFAR10,
-    "imagenet64": {**_CIFAR10, "batch_size": 2048, "lr": 1e-4, "flip": False},
+    "imagenet64": {**_CIFAR10, "batch_size": 2048, "lr": 1e-4},
     "folder": {
         **_DIGITS, "updates": 100, "batch_size": 32, "flip": True, "eval_n": 500, "eval_batch": 50
     },
@@ -200,14 +209,18 @@ def make_classifier(config, device):
 
 
 def stages_of(config):
-    """The stages of a run, which starts from the teacher or the student of --pd."""
+    """The stages [(steps, updates)] of a run, from the teacher or from the student of --pd."""
     first = config.cfd_from if config.pd else config.from_steps
-    return plan(first // 2, config.to_steps, config.updates)
+    return halving_stages(first // 2, config.to_steps, config.updates)
 
 
 def train(config, run=None, teacher=None, classifier=None):
     """Distil stage after stage: student-N.safetensors in --out. Returns the last student."""
     run = run or Run("cfd", config)
+    share = config.batch_size // run.world  # images of one GPU
+    message = f"must be at least {share}: with --beta the loss needs the whole batch at once"
+    enough = not config.beta or (config.batch_per_gpu or share) >= share
+    require(enough, "batch_per_gpu", config.batch_per_gpu, message)
     teacher = teacher or load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
     classifier = classifier or make_classifier(config, run.device)
     data = load_dataset(config.dataset, "train", config.data_dir, run.device)
@@ -236,7 +249,7 @@ def train(config, run=None, teacher=None, classifier=None):
         stage_loss = partial(loss_fn, n)
         levels = stage_levels(n, config.sigma_max).to(run.device, torch.float32)  # (m, 3)
         for step in run.steps(updates, f"{n}-step student"):
-            if step == 0:
+            if step == 0:  # the student becomes the teacher of this stage
                 stage_teacher.load_state_dict(student.state_dict())
                 optimizer.state.clear()
             for group in optimizer.param_groups:
@@ -260,30 +273,6 @@ def train(config, run=None, teacher=None, classifier=None):
 # --- evaluation
 
 
-def make_samplers(config, teacher, students):
-    """{(name, NFE): sampler(noise, labels) -> x0}. students: {(name, steps): Denoiser}."""
-
-    def sampler(denoiser, sigmas, solver=euler):
-        def sample(noise, labels):
-            return solver(with_labels(denoiser, labels), sigmas[0].item() * noise, sigmas)
-
-        return sample
-
-    samplers = {}
-    for n in config.nfe:
-        sigmas = ddim_levels(n, config.sigma_max)
-        nfe = len(sigmas) - 1
-        samplers["ddim", nfe] = sampler(teacher, sigmas)
-        edm = sigma_grid("edm", n, sigma_max=config.sigma_max)
-        samplers["ddim-edm", n] = sampler(teacher, edm)
-        for (name, steps), student in students.items():
-            if steps == n:
-                samplers[name, nfe] = sampler(student, sigmas)
-    edm = sigma_grid("edm", 17, sigma_max=config.sigma_max)
-    samplers["teacher", 35] = sampler(teacher, torch.cat([edm, edm.new_zeros(1)]), heun)
-    return samplers
-
-
 def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("cfd", config)
@@ -293,7 +282,7 @@ def main():
         if config.pd and n <= config.cfd_from:
             path = f"{config.pd}/student-{n}.safetensors"
             students["pd", n] = load_student(path, copy.deepcopy(teacher))
-    classifier = make_classifier(config, run.device)  # first: its weights may be missing
+    classifier = make_classifier(config, run.device)  # fails before the training, if at all
     evaluator = make_evaluator(config, run.device, unseen=True)
     train(config, run, teacher, classifier)
     for n, _ in stages_of(config):
@@ -301,9 +290,10 @@ def main():
             name = "pd" if n >= config.cfd_from else "cfd"
             path = run.out / f"student-{n}.safetensors"
             students[name, n] = load_student(path, copy.deepcopy(teacher))
-    samplers = make_samplers(config, teacher, students)
+    samplers = stage_samplers(config, teacher, students, sample)
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")
-    save_rows(run.out / "samples.png", {k: v for k, v in pictures.items() if "edm" not in k})
+    shown = [label for label in pictures if not label.startswith("ddim-edm")]
+    save_rows(run.out / "samples.png", {label: pictures[label] for label in shown})
     title = f"{config.dataset}, from {config.from_steps} steps"
     save_fid_curves(run.out / "fid.png", rows, title)
     run.finish(rows)

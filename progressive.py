@@ -1,28 +1,34 @@
 """Progressive Distillation for Fast Sampling of Diffusion Models
 (Salimans & Ho, ICLR 2022, arXiv:2202.00512).
 
-Idea: DDIM with 2N steps is a deterministic map from noise to image. A student, a copy of
-the network, learns to make two of its teacher's steps in one. Then the student is the
-next stage's teacher and N is halved, down to a single step; training never samples.
+Idea: DDIM with 2N steps is a deterministic map from noise to an image. A student, at first a
+copy of its teacher, learns to make two of the teacher's steps in one. Then it becomes the
+teacher of the next stage and N is halved, until a single step is left.
 
-Loss (Eq. 2, target of Alg. 2), x = x0 + sigma_i noise, i uniform on 1 ... N:
-    L = E  w(sigma_i) | x~ - D_student(x, sigma_i) |^2,   w = max(1, 1 / sigma^2), section 4
-t = i/N, sigma = tan(pi t / 2). Two DDIM steps of the teacher, t -> t - 1/2N -> t - 1/N,
-pass through sigma > sigma' > sigma''; x~ is the x0 with which one DDIM step lands there.
-The paper's variables are VP: z = alpha x, sigma_t = alpha sigma.
+Loss (Eq. 2, with the target of Algorithm 2), at x = x0 + sigma noise:
+    L = E  w(sigma) | x~ - D_student(x, sigma) |^2,   w = max(1, 1 / sigma^2), section 4
+x0 is a training image, noise is unit Gaussian, D is a denoiser: D(x, sigma) estimates x0.
+The noise level is sigma = tan(pi t / 2) at t = i / N, with i uniform on 1 ... N. The teacher
+makes two DDIM steps: to sigma' at t - 1/(2N), then to sigma'' at t - 1/N. x~ is the x0 for
+which *one* DDIM step from sigma ends where the teacher's two do. The weight w is the
+signal-to-noise ratio 1 / sigma^2, at least 1. The paper's variables are z = alpha x and
+sigma_t = alpha sigma, with alpha = 1 / sqrt(1 + sigma^2).
 
-Differences from paper and official code (google-research/diffusion_distillation):
- 1. The teacher is any EDM denoiser (theirs: VP, predicts x or (x, eps)). --prediction
-    x, v, eps compares Table 1's networks; a first stage translates the teacher into one.
- 2. Noise levels are cut off at sigma_max 80 (theirs: logSNR within +-20, so 22,026).
-    Steps of length 0 that this leaves, the first 65 of 8192 steps, are left out.
- 3. Two stages, 2 steps and 1, have twice the updates (paper, 5.2; released config: no).
+Differences from the paper and its code (google-research/diffusion_distillation):
+ 1. The teacher is any EDM denoiser, and its student has the same form (theirs: a VP network
+    that predicts x or, on ImageNet, x and eps). With --prediction x, v or eps the student's
+    network predicts that (Table 1); then a first stage, ours, fits it to the teacher's D.
+ 2. Noise levels are cut off at sigma_max = 80 (theirs: log-SNR within +-20, so sigma up to
+    22,026). Steps that this leaves without length, the first 65 of 8192, are left out.
+ 3. The stages of 2 steps and of 1 have twice the updates (paper, 5.2; released config: no).
  4. Only the finished image is clipped to [-1, 1] (theirs: every prediction in sampling).
- 5. digits: 16 -> 1, 300 updates, lr 5e-4 (theirs, CIFAR-10: 8192 -> 1, 50,000, 5e-5).
-Result on digits, FID [digits-classifier, n=1024] at 8, 4, 2, 1 steps: 0.40, 0.52, 0.69, 1.18;
-DDIM 0.67, 2.3, 19, 105. More: RESULTS.md
+ 5. On several GPUs the gradient is clipped after the average (theirs: before, on each).
+ 6. digits: 16 -> 1 steps, 300 updates a stage, learning rate 5e-4, no flips (theirs for
+    CIFAR-10: 8192 -> 1, 50,000, 5e-5, flips).
+Result on digits, FID [digits-classifier, n=1024] with 8, 4, 2, 1 steps: 0.40, 0.52, 0.69, 1.18;
+the teacher by DDIM on the same grid: 0.67, 2.3, 19, 105. More: RESULTS.md
     python progressive.py                         # digits, 16 -> 1: 4 min on 2 CPU cores
-    python progressive.py --from-steps 4 --teacher runs/progressive-digits/student-4.safetensors
+    python progressive.py --from-steps 4 --teacher RUN/student-4.safetensors --out OTHER
     python progressive.py --prediction eps        # why the paper predicts x or v
     python progressive.py --dataset cifar10       # one GPU
 """
@@ -32,8 +38,9 @@ from functools import partial
 
 import torch
 
+from common.baselines import check_stages, halving_stages, stage_samplers
 from common.datasets import Stream, load_dataset
-from common.diffusion import Denoiser, expand, sigma_grid, with_labels
+from common.diffusion import Denoiser, expand, stage_levels, with_labels
 from common.fid import make_evaluator, measure
 from common.machinery.files import save_weights
 from common.machinery.options import (
@@ -41,66 +48,60 @@ from common.machinery.options import (
 )
 from common.machinery.plots import save_fid_curves, save_rows
 from common.machinery.run import Run
-from common.solvers import euler, heun
+from common.solvers import euler
 from common.teacher import check_classes, load_student, load_teacher, save_teacher
 
-# --- the method
-
-
-def stage_levels(n, sigma_max):
-    """The steps of an n-step student: (m, 3) rows of noise levels sigma > sigma' > sigma''.
-
-    sigma = tan(pi t / 2) at t = i/n, (i - 1/2)/n, (i - 1)/n, cut off at sigma_max.
-    Steps of length 0 are left out: m <= n.
-    """
-    t = torch.linspace(1, 0, 2 * n + 1, dtype=torch.float64)
-    sigmas = torch.tan(torch.pi / 2 * t).clamp(max=sigma_max)
-    sigmas[0] = sigma_max  # tan(pi / 2) in floating point
-    rows = torch.stack([sigmas[:-2:2], sigmas[1::2], sigmas[2::2]], 1)
-    return rows[rows[:, 0] > rows[:, 2]]
-
-
-def ddim_levels(n, sigma_max):
-    """The time grid of an n-step student, (m + 1,): from sigma_max to 0."""
-    sigmas = stage_levels(n, sigma_max)[:, 0]
-    return torch.cat([sigmas, sigmas.new_zeros(1)])
+# --- the method: what cfd.py has too, pd_loss there with one weight
 
 
 def two_step_target(teacher, x, sigma, sigma_mid, sigma_end):
-    """x~ (B, C, H, W): with this x0 one DDIM step lands where two steps of the teacher do.
+    """PD's x~ (B, C, H, W): one DDIM step with it ends where two steps of the teacher do.
 
-    x (B, C, H, W) at level sigma; sigma >= sigma_mid > sigma_end >= 0, each (B,).
-    DDIM (Eq. 7) is Euler in sigma. With r1 = sigma'/sigma, r2 = sigma''/sigma'
-        two steps: x'' = r1 r2 x + r2 (1 - r1) D1 + (1 - r2) D2
-        one step:  x'' = r1 r2 x + (1 - r1 r2) x~
+    x (B, C, H, W) has noise level sigma; sigma >= sigma_mid > sigma_end >= 0, each (B,).
+    A DDIM step (PD, Eq. 7) is an Euler step in sigma, x' = r x + (1 - r) D with r = sigma'/sigma.
+    With D1 and D2 the teacher's estimates at sigma and sigma_mid, r1 = sigma_mid / sigma and
+    r2 = sigma_end / sigma_mid:
+        two steps of the teacher:  x'' = r1 r2 x + r2 (1 - r1) D1 + (1 - r2) D2
+        one step with x~ as D:     x'' = r1 r2 x + (1 - r1 r2) x~
     """
     r1 = expand(sigma_mid, x) / expand(sigma, x)
     r2 = expand(sigma_end, x) / expand(sigma_mid, x)
     d1 = teacher(x, sigma)
     d2 = teacher(r1 * x + (1 - r1) * d1, sigma_mid)
-    return (r2 * (1 - r1) * d1 + (1 - r2) * d2) / (1 - r1 * r2)  # Alg. 2, solved for x~
-
-
-WEIGHTS = {  # section 4; 1 / sigma^2 is the SNR
-    "truncated": lambda sigma: (1 / sigma**2).clamp(min=1),
-    "snr": lambda sigma: 1 / sigma**2,
-    "snr+1": lambda sigma: 1 / sigma**2 + 1,
-    "constant": torch.ones_like,
-}
+    return (r2 * (1 - r1) * d1 + (1 - r2) * d2) / (1 - r1 * r2)  # PD, Alg. 2, solved for x~
 
 
 def pd_loss(x0_hat, target, sigma, weight="truncated"):
-    """Eq. (2): w(sigma) times the mean square over pixels, averaged over the batch.
+    """PD's Eq. 2: w(sigma) times the mean square over pixels, averaged over the batch.
 
     x0_hat, target (B, C, H, W); sigma (B,).
     """
     return (WEIGHTS[weight](sigma) * (x0_hat - target).square().flatten(1).mean(1)).mean()
 
 
-class Predicts(Denoiser):
+def sample(denoiser, noise, sigmas):
+    """DDIM along the time grid `sigmas` (N + 1,): N evaluations of the denoiser.
+
+    noise (B, C, H, W) has unit variance. -> images (B, C, H, W)
+    """
+    return euler(denoiser, sigmas[0].item() * noise, sigmas)
+
+
+# --- the method: what only this file has
+
+WEIGHTS = {  # w(sigma) of section 4
+    "truncated": lambda sigma: (1 / sigma**2).clamp(min=1),  # the larger error of x and of eps
+    "snr": lambda sigma: 1 / sigma**2,  # the error of eps
+    "snr+1": lambda sigma: 1 / sigma**2 + 1,  # the error of v
+    "constant": torch.ones_like,  # the error of x
+}
+
+
+class VPDenoiser(Denoiser):
     """D(x, sigma) by a network that predicts x0, v or the noise eps (section 4).
 
-    x0 = alpha^2 x - alpha sigma v = x - sigma eps, with alpha = 1 / sqrt(1 + sigma^2).
+    With alpha = 1 / sqrt(1 + sigma^2) and v = alpha eps - alpha sigma x0,
+        D = alpha^2 x - alpha sigma v = x - sigma eps.
     """
 
     def __init__(self, net, sigma_data, prediction):
@@ -108,18 +109,12 @@ class Predicts(Denoiser):
         self.prediction = prediction
 
     def coefficients(self, sigma):
-        c_in = super().coefficients(sigma)[2]
+        *_, c_in = super().coefficients(sigma)  # EDM's scale of the network's input
         if self.prediction == "x":
             return torch.zeros_like(sigma), torch.ones_like(sigma), c_in
         if self.prediction == "v":
             return 1 / (1 + sigma**2), -sigma / (1 + sigma**2).sqrt(), c_in
         return torch.ones_like(sigma), -sigma, c_in
-
-
-def plan(first, last, updates):
-    """Stages [(steps of the student, updates)] for first, first / 2, ..., last steps."""
-    counts = [last << k for k in range(32) if last << k <= first]
-    return [(n, updates * (2 if n <= 2 else 1)) for n in reversed(counts)]
 
 
 # --- options
@@ -146,22 +141,18 @@ class Config(DistillationOptions):
         None, "images per update, over all ranks (official: 128; ImageNet-64: 2048)", low=1
     )
     lr: float | None = option(
-        None, "Adam's rate, falls to 0 in every stage (official: 5e-5; ImageNet-64: 1e-4)", above=0
+        None, "Adam's learning rate, falls linearly to 0 in every stage (official: 5e-5; "
+        "ImageNet-64: 1e-4)", above=0,
     )
     clip: float = option(1.0, "largest norm of the gradient (official: 1)", above=0)
     flip: bool | None = option(None, "random horizontal flips of the training images")
-    nfe: tuple[int, ...] | None = option(None, "steps to measure (default: all stages up to 8)")
+    nfe: tuple[int, ...] | None = option(
+        None, "steps to measure (default: all stages up to 8)"
+    )
 
     def __post_init__(self):
         complete(self, PRESETS, SMOKE)
-        counts = [n for n, _ in plan(self.from_steps, self.to_steps, 1)]
-        right = f"must be --to-steps {self.to_steps} times a power of 2"
-        require(self.from_steps in counts, "from_steps", self.from_steps, right)
-        self.nfe = self.nfe or [c for c in counts if c <= 8] or counts[-1:]
-        self.nfe = tuple(sorted(self.nfe, reverse=True))
-        stages = f"no such stage; choose from {', '.join(map(str, counts))}"
-        for n in self.nfe:
-            require(n in counts, "nfe", n, stages)
+        check_stages(self)
 
 
 # Official: config/cifar_distill.py and imagenet64_distill.py; updates: paper, section 5.2.
@@ -176,7 +167,7 @@ PRESETS = {
     "digits": _DIGITS,
     "mnist": {**_DIGITS, "updates": 150, "batch_size": 64, "eval_batch": 32},
     "cifar10": _CIFAR10,
-    "imagenet64": {**_CIFAR10, "from_steps": 1024, "batch_size": 2048, "lr": 1e-4, "flip": False},
+    "imagenet64": {**_CIFAR10, "from_steps": 1024, "batch_size": 2048, "lr": 1e-4},
     "folder": {
         **_DIGITS, "updates": 100, "batch_size": 32, "flip": True, "eval_n": 500, "eval_batch": 50
     },
@@ -196,8 +187,10 @@ def make_student(teacher, prediction="edm"):
     elif prediction != "edm":
         require(type(teacher) is Denoiser, "prediction", prediction, "this teacher is a flow")
         device = next(student.parameters()).device
-        student = Predicts(student.net, student.sigma_data, prediction).to(device)
-    if type(student) is Predicts and prediction != "x":  # the noise's sign; EDM's has x0's
+        student = VPDenoiser(student.net, student.sigma_data, prediction).to(device)
+    if type(student) is VPDenoiser and prediction != "x":
+        # EDM's network is added to x with a positive factor, v and eps with a negative one:
+        # with its last layer negated it starts near the teacher where noise is low.
         net = student.net
         last = net.out_conv if net.family.out_head else list(net.dec.values())[-1]
         for parameter in last.parameters():
@@ -221,8 +214,13 @@ def read_student(path, teacher, prediction="edm"):
 
 
 def stages_of(config):
-    """The stages of a run. For another prediction a first, long one translates the teacher."""
-    stages = plan(config.from_steps // 2, config.to_steps, config.updates)
+    """The stages of a run, [(steps of the student, updates)].
+
+    A student whose network predicts x, v or eps is not a copy of its teacher. So a first stage
+    with all --from-steps steps regresses it onto the teacher's D at the same noise levels, in
+    four times the updates and with four times the learning rate: chosen here.
+    """
+    stages = halving_stages(config.from_steps // 2, config.to_steps, config.updates)
     if config.prediction != "edm":
         stages.insert(0, (config.from_steps, 4 * config.updates))
     return stages
@@ -243,7 +241,7 @@ def train(config, run=None, teacher=None, stream=None):
 
     def loss_fn(n, x, sigma, sigma_mid, sigma_end, labels):
         with torch.no_grad():
-            if n == config.from_steps:  # only translate the teacher
+            if n == config.from_steps:  # the first stage of another prediction, see stages_of
                 target = teacher(x, sigma, labels)
             else:
                 denoiser = with_labels(stage_teacher, labels)
@@ -256,7 +254,7 @@ def train(config, run=None, teacher=None, stream=None):
         levels = stage_levels(n, config.sigma_max).to(run.device, torch.float32)  # (m, 3)
         lr = config.lr * (4 if n == config.from_steps else 1)
         for step in run.steps(updates, f"{n}-step student"):
-            if step == 0:
+            if step == 0:  # the student becomes the teacher of this stage
                 stage_teacher.load_state_dict(student.state_dict())
                 optimizer.state.clear()
             for group in optimizer.param_groups:
@@ -280,30 +278,6 @@ def train(config, run=None, teacher=None, stream=None):
 # --- evaluation
 
 
-def make_samplers(config, teacher, students):
-    """{(name, NFE): sampler(noise, labels) -> x0}. students: {(name, steps): Denoiser}."""
-
-    def sampler(denoiser, sigmas, solver=euler):
-        def sample(noise, labels):
-            return solver(with_labels(denoiser, labels), sigmas[0].item() * noise, sigmas)
-
-        return sample
-
-    samplers = {}
-    for n in config.nfe:
-        sigmas = ddim_levels(n, config.sigma_max)
-        nfe = len(sigmas) - 1
-        samplers["ddim", nfe] = sampler(teacher, sigmas)
-        edm = sigma_grid("edm", n, sigma_max=config.sigma_max)
-        samplers["ddim-edm", n] = sampler(teacher, edm)
-        for (name, steps), student in students.items():
-            if steps == n:
-                samplers[name, nfe] = sampler(student, sigmas)
-    edm = sigma_grid("edm", 17, sigma_max=config.sigma_max)
-    samplers["teacher", 35] = sampler(teacher, torch.cat([edm, edm.new_zeros(1)]), heun)
-    return samplers
-
-
 def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("progressive", config)
@@ -315,9 +289,10 @@ def main():
         if n in config.nfe:
             path = run.out / f"student-{n}.safetensors"
             students["pd", n] = read_student(path, teacher, config.prediction)
-    samplers = make_samplers(config, teacher, students)
+    samplers = stage_samplers(config, teacher, students, sample)
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")
-    save_rows(run.out / "samples.png", {k: v for k, v in pictures.items() if "edm" not in k})
+    shown = [label for label in pictures if not label.startswith("ddim-edm")]
+    save_rows(run.out / "samples.png", {label: pictures[label] for label in shown})
     title = f"{config.dataset}, from {config.from_steps} steps"
     save_fid_curves(run.out / "fid.png", rows, title)
     run.finish(rows)

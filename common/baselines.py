@@ -7,11 +7,13 @@ trains something shows the best of them in the same table, measured in the same 
 import json
 from functools import cache
 
+import torch
+
 from common.datasets import ASSETS
-from common.diffusion import GRIDS, sigma_grid, with_labels
+from common.diffusion import GRIDS, ddim_levels, sigma_grid, with_labels
 from common.machinery.options import require
 from common.machinery.ranks import rank_and_world
-from common.solvers import ORDERS, SOLVERS, steps_for
+from common.solvers import ORDERS, SOLVERS, heun, steps_for
 from common.teacher import SHIPPED, load_teacher
 
 UNMEASURED = ("unipc", 3, "cosine")  # the choice where there is no measurement
@@ -90,3 +92,75 @@ def solver_order_grid(name, nfes=()):
     for nfe in nfes:
         steps_for(known[solver][0], nfe, ends_in_zero=grid == "even")
     return *known[solver], grid
+
+
+def reference_sampler(teacher, sigma_max=80.0, steps=18):
+    """EDM's own sampler of a teacher, by Heun's method: (network evaluations, sampler).
+
+    Its grid ends at 0, and the last step, to 0, takes one evaluation: 35 for 18 steps.
+    """
+    sigmas = sigma_grid("edm", steps - 1, sigma_max=sigma_max)
+    sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+
+    def sampler(noise, labels):
+        return heun(with_labels(teacher, labels), sigma_max * noise, sigmas)
+
+    return 2 * steps - 1, sampler
+
+
+# ------------------------------------------------ progressive distillation, by pixels or features
+
+
+def halving_stages(first, last, updates):
+    """The stages [(steps of the student, updates)] for first, first / 2, ..., last steps.
+
+    Students of two steps and of one have twice the updates (PD, section 5.2).
+    """
+    stages, n = [], last
+    while n <= first:
+        stages.insert(0, (n, 2 * updates if n <= 2 else updates))
+        n *= 2
+    return stages
+
+
+def check_stages(config):
+    """The numbers of steps from --from-steps down to --to-steps; fills --nfe, or UsageError."""
+    counts = [n for n, _ in halving_stages(config.from_steps, config.to_steps, 1)]
+    message = f"must be --to-steps {config.to_steps} times a power of 2"
+    require(config.from_steps in counts, "from_steps", config.from_steps, message)
+    nfe = config.nfe or [n for n in counts if n <= 8] or counts[-1:]
+    config.nfe = tuple(sorted(nfe, reverse=True))
+    message = f"no such stage; choose from {', '.join(map(str, counts))}"
+    for n in config.nfe:
+        require(n in counts, "nfe", n, message)
+    return counts
+
+
+def stage_samplers(config, teacher, students, sample):
+    """What a distillation measures: {(name, NFE): sampler(noise, labels) -> x0}.
+
+    At every number of steps of --nfe: the teacher by DDIM, on the students' time grid ("ddim")
+    and on EDM's ("ddim-edm"), the best without training, and the students
+    {(name, steps): denoiser}. At last the teacher by Heun's method, which is the reference.
+    sample(denoiser, noise, sigmas) is the script's own; noise has unit variance.
+    """
+
+    def ddim(denoiser, sigmas):
+        return lambda noise, labels: sample(with_labels(denoiser, labels), noise, sigmas)
+
+    samplers = {}
+    for n in config.nfe:
+        sigmas = ddim_levels(n, config.sigma_max)
+        nfe = len(sigmas) - 1
+        samplers["ddim", nfe] = ddim(teacher, sigmas)
+        edm = sigma_grid("edm", n, sigma_max=config.sigma_max)
+        samplers["ddim-edm", n] = ddim(teacher, edm)
+        if nfe == n:  # else a hand-made grid of n steps has no room below sigma_max
+            name, best = untrained_sampler(teacher, config.dataset, n, sigma_max=config.sigma_max)
+            samplers[name, n] = best
+        for (name, steps), student in students.items():
+            if steps == n:
+                samplers[name, nfe] = ddim(student, sigmas)
+    evaluations, heun_of_teacher = reference_sampler(teacher, config.sigma_max)
+    samplers["teacher", evaluations] = heun_of_teacher
+    return samplers

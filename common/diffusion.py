@@ -142,6 +142,27 @@ def sigma_grid(kind, n, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return check_grid(sigmas, f"{kind} time grid with {n} steps")
 
 
+def stage_levels(n, sigma_max):
+    """The steps of PD's n-step student: (m, 3) rows of noise levels sigma > sigma' > sigma''.
+
+    sigma = tan(pi t / 2) at t = i/n, (i - 1/2)/n, (i - 1)/n for i = n ... 1: the cosine grid,
+    cut off at sigma_max and ending at 0. One step of the student goes from sigma to sigma'',
+    two steps of its teacher pass through sigma'. Where the cut-off makes a step of length 0, the
+    step is left out, so m <= n.
+    """
+    t = torch.linspace(1, 0, 2 * n + 1, dtype=torch.float64)
+    sigmas = torch.tan(torch.pi / 2 * t).clamp(max=sigma_max)
+    sigmas[0] = sigma_max  # tan(pi / 2) in floating point
+    rows = torch.stack([sigmas[:-2:2], sigmas[1::2], sigmas[2::2]], 1)
+    return rows[rows[:, 0] > rows[:, 2]]
+
+
+def ddim_levels(n, sigma_max):
+    """The time grid of PD's n-step student, (m + 1,): from sigma_max to 0."""
+    sigmas = stage_levels(n, sigma_max)[:, 0]
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
 def check_grid(sigmas, what):
     """Return `sigmas` if they are a time grid: (N + 1,), finite, strictly decreasing, >= 0.
 

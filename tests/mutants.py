@@ -97,9 +97,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("torch.default_generator.manual_seed(seed)", "torch.manual_seed(seed)"),
         ("with torch.random.fork_rng(devices=[]):", "if True:"),
         (", ranks=(0, 1))", ")"),
-    ],
-    ("common/classifier.py", "test_cfd"): [
-        ("((x + 1) / 2 - self.mean) / self.std", "(x - self.mean) / self.std"),
+        ("(F.interpolate(x, **self.resize) + 1) / 2", "F.interpolate(x, **self.resize)"),
     ],
     ("common/fid.py", "test_fid"): [
         ("- 2 * cross", "- cross"),
@@ -418,13 +416,25 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("int((lambdas.abs() <= MOST).sum())", "len(lambdas)"),
         ("one_line(message, most=1000)", "message"),
     ],
-    ("progressive.py", "test_progressive"): [
+    ("common/diffusion.py", "test_progressive"): [
         ("t = torch.linspace(1, 0, 2 * n + 1", "t = torch.linspace(1, 0, n + 1"),
         (
             "torch.stack([sigmas[:-2:2], sigmas[1::2], sigmas[2::2]], 1)",
             "torch.stack([sigmas[:-2:2], sigmas[2::2], sigmas[1::2]], 1)",
         ),
         ("return rows[rows[:, 0] > rows[:, 2]]", "return rows"),
+    ],
+    ("common/baselines.py", "test_progressive"): [
+        ("2 * updates if n <= 2 else updates", "updates"),
+    ],
+    ("common/baselines.py", "test_cfd"): [
+        ('sigma_grid("edm", steps - 1', 'sigma_grid("edm", steps'),
+        ('"ddim-edm", n] = ddim(teacher, edm)', '"ddim-edm", n] = ddim(teacher, sigmas)'),
+        ("reference_sampler(teacher, config.sigma_max)", "reference_sampler(teacher)"),
+        ("config.dataset, n, sigma_max", "config.dataset, n + 1, sigma_max"),
+        ("samplers[name, nfe] = ddim(student, sigmas)", "samplers[name, nfe] = ddim(teacher, edm)"),
+    ],
+    ("progressive.py", "test_progressive"): [
         ("r1 = expand(sigma_mid, x)", "r1 = expand(sigma_end, x)"),
         (
             "d2 = teacher(r1 * x + (1 - r1) * d1, sigma_mid)",
@@ -445,7 +455,6 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
             "return student.eval().requires_grad_(True)",
             "return student.train().requires_grad_(True)",
         ),
-        ("updates * (2 if n <= 2 else 1)", "updates"),
         ("                stage_teacher.load_state_dict(student.state_dict())\n", ""),
         ("                optimizer.state.clear()\n", ""),
         ("lr * (1 - step / updates)", "lr * (1 - step / run.planned)"),
@@ -456,6 +465,12 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("if step == updates - 1 and run.rank == 0:", "if step == 0 and run.rank == 0:"),
         ("(4 if n == config.from_steps else 1)", "1"),
         ("target = teacher(x, sigma, labels)", "target = stage_teacher(x, sigma, labels)"),
+        ("student=student, teacher=stage_teacher,", "student=student,"),
+        (
+            "            torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)\n", ""
+        ),
+        ("sigma, config.weight)", "sigma)"),
+        ("config.seed, config.flip)", "config.seed)"),
     ],
     ("cfd.py", "test_cfd"): [
         ("(classifier(target)[0] / tau)", "(classifier(target)[0] * tau)"),
@@ -490,6 +505,12 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("config.cfd_from if config.pd else config.from_steps", "config.from_steps"),
         ('name = "pd" if n >= config.cfd_from', 'name = "pd" if n > config.cfd_from'),
         ("if config.pd and n <= config.cfd_from:", "if config.pd and n < config.cfd_from:"),
+        ("config.beta, config.gamma)", "config.gamma, config.beta)"),
+        (
+            "            torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)\n", ""
+        ),
+        ("log_p = gather_with_gradient(log_p)", "pass"),
+        ("config.seed, config.flip)", "config.seed)"),
         ("x = x0 + expand(sigma, x0) * noise", "x = x0 + noise"),
     ],
     ("cud.py", "test_cud"): [

@@ -1,9 +1,9 @@
 """cfd.py against the official code (golden/README.md, 5), progressive.py, closed forms."""
 
+import ast
 import inspect
 import json
 import math
-import os
 import subprocess
 import sys
 from functools import partial
@@ -15,12 +15,18 @@ from safetensors.torch import load_file
 
 import cfd
 import progressive
-from common import UsageError
+from common import UsageError, solvers
+from common.baselines import best_untrained, solver_name
 from common.classifier import load_classifier
+from common.diffusion import Denoiser, sigma_grid
+from common.machinery import ranks
 from common.machinery.run import Run
 from common.teacher import load_teacher
 from scripts import assert_refused, calls_under_bfloat16, run_script
-from test_progressive import FILE, KEYS, Case, golden, student_parameters, tiny  # noqa: F401
+from test_progressive import (  # noqa: F401
+    FILE, KEYS, UNUSUAL, Case, assert_same_students, assert_two_ranks_train_as_one, golden,
+    plain_training, student_parameters, tiny, tiny_teacher,
+)
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = [
@@ -37,32 +43,25 @@ def golden_classifier(x):
 
 # ------------------------------------------------------------ what stands in both scripts
 
-SHARED = ("stage_levels", "ddim_levels", "two_step_target", "plan", "make_samplers")
-
-
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", ["two_step_target", "sample"])
 def test_shared_functions_have_one_source_text(name):
     ours, theirs = (inspect.getsource(getattr(script, name)) for script in (cfd, progressive))
     assert ours == theirs and getattr(cfd, name) is not getattr(progressive, name)
 
 
-def test_shared_functions_agree():
-    """The two scripts import nothing from each other, and compute the same."""
+def test_a_diff_of_the_scripts_shows_what_differs():
+    """What both define stands in the same order, and the two losses by pixels agree."""
     assert "progressive" not in vars(cfd) and "cfd" not in vars(progressive)
-    case = Case(KEYS[0])
-    levels = case.sigma, case.sigma_mid, case.sigma_end
-    ours, theirs = (s.two_step_target(case.teacher, case.x, *levels) for s in (cfd, progressive))
-    assert torch.equal(ours, theirs)
-    guess = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(0))
-    for sigma in (case.sigma, torch.logspace(-2, 2, len(guess), dtype=torch.float64)):
-        losses = [script.pd_loss(guess, ours, sigma) for script in (cfd, progressive)]
-        assert torch.equal(*losses) and losses[0] > 0
-    for n, sigma_max in ((1, 80.0), (7, 80.0), (512, 80.0), (4, 2.0)):
-        for name in ("stage_levels", "ddim_levels"):
-            a, b = (getattr(script, name)(n, sigma_max) for script in (cfd, progressive))
-            assert torch.equal(a, b)
-    for plan in ((512, 1, 10), (8, 4, 7), (2, 4, 7)):
-        assert cfd.plan(*plan) == progressive.plan(*plan)
+    both = []
+    for script in (cfd, progressive):
+        tree = ast.parse(Path(script.__file__).read_text(encoding="utf-8"))
+        both.append([n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))])
+    ours, theirs = ([n for n in names if n in both[0] and n in both[1]] for names in both)
+    assert ours == theirs and ours[:3] == ["two_step_target", "pd_loss", "sample"]
+    target, guess = torch.rand(2, 6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    sigma = torch.logspace(-2, 2, len(guess))
+    losses = [script.pd_loss(guess, target, sigma) for script in (cfd, progressive)]
+    assert torch.equal(*losses) and losses[0] > 0
 
 
 # ----------------------------------------------------------------------------- the method
@@ -191,6 +190,69 @@ def tiny_config(tiny, out, **more):  # noqa: F811
 
 def stage_weights(folder, n):
     return load_file(Path(folder) / f"student-{n}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """Of ten classes, sure of none: entropy and diversity have something to say."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5), torch.nn.Tanh())
+    head = torch.nn.Linear(5, 10).requires_grad_(False)
+    net.requires_grad_(False)
+
+    def features_and_logits(x):
+        features = 3 * net(x)
+        return features, head(features)
+
+    return features_and_logits
+
+
+def test_training_is_a_plain_loop(tmp_path, classifier):
+    path = tiny_teacher(tmp_path / "tiny.safetensors", label_dim=10)
+    weights = dict(beta=0.5, gamma=0.2, tau=0.5)
+    config = tiny_config(path, tmp_path / "run", **weights, **UNUSUAL)
+    teacher = load_teacher(path, "digits", torch.device("cpu"))
+    cfd.train(config, teacher=teacher, classifier=classifier)
+
+    def loss(n, x0_hat, target, sigma):
+        if n == 2:
+            weight = torch.maximum(1 / sigma**2, torch.ones(()))
+            return (weight * (x0_hat - target).square().mean((1, 2, 3))).mean()
+        goal = (classifier(target)[0] / 0.5).softmax(1)
+        features, logits = classifier(x0_hat)
+        kl = (goal * (goal.log() - features.softmax(1).log())).sum(1).mean()
+        p = logits.softmax(1)
+        entropy, mean = -(p * p.log()).sum(1).mean(), p.mean(0)
+        return kl + 0.5 * (0.2 * entropy + 0.8 * (mean * mean.log()).sum())
+
+    students = plain_training(
+        config, teacher, [(2, 6), (1, 6)], lambda done: (1 + math.cos(math.pi * done)) / 2, loss
+    )
+    assert_same_students(students, tmp_path / "run", teacher)
+
+
+def test_diversity_is_of_the_images_of_all_ranks(monkeypatch):
+    """Simulated: each of two ranks has half of the batch; their mean gradient is the whole's."""
+    logits = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def gradient(rows):
+        rows = rows.clone().requires_grad_(True)
+        features = torch.zeros(len(rows), 2)
+        cfd.cfd_loss(lambda x: (features, rows), features, features, 1.0, 0.7, 0.3).backward()
+        return rows.grad
+
+    whole = gradient(logits)
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(ranks, "gather_rows", lambda rows: logits.log_softmax(1))
+        ours = slice(3 * rank, 3 * rank + 3)
+        torch.testing.assert_close(gradient(logits[ours]) / 2, whole[ours])
+
+
+def test_diversity_is_not_cut_into_micro_batches(tiny, tmp_path):  # noqa: F811
+    config = tiny_config(tiny, tmp_path, beta=0.1, batch_per_gpu=4)
+    with pytest.raises(UsageError, match="--batch-per-gpu 4: must be at least 8: with --beta"):
+        cfd.train(config)
 
 
 def test_pd_first_then_features(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -323,16 +385,10 @@ run_main = partial(run_script, cfd)
 def test_smoke_leaves_everything_behind(monkeypatch, tmp_path):
     run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert [(r["name"], r["nfe"]) for r in metrics["results"]] == [
-        ("ddim", 4),
-        ("ddim-edm", 4),
-        ("ddim", 2),
-        ("ddim-edm", 2),
-        ("pd", 2),
-        ("ddim", 1),
-        ("ddim-edm", 1),
-        ("cfd", 1),
-        ("teacher", 35),
+    assert [(r["name"].split(" ")[0], r["nfe"]) for r in metrics["results"]] == [
+        *(("ddim", 4), ("ddim-edm", 4), ("untrained", 4)),
+        *(("ddim", 2), ("ddim-edm", 2), ("untrained", 2), ("pd", 2)),
+        *(("ddim", 1), ("ddim-edm", 1), ("untrained", 1), ("cfd", 1), ("teacher", 35)),
     ]
     assert all(
         math.isfinite(r["fid"]) and math.isfinite(r["fid_unseen"]) and r["fid_n"] == 32
@@ -342,6 +398,7 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path):
         "metrics.json",
         "samples.png",
         "samples.npz",
+        "errors.npz",
         "errors.npz",
         "fid.png",
         "log.jsonl",
@@ -382,6 +439,78 @@ def test_with_pd_both_are_measured(monkeypatch, tmp_path, tiny):  # noqa: F811
     ]
     fid = {(r["name"], r["nfe"]): r["fid"] for r in rows}
     assert fid["pd", 1] != fid["cfd", 1]
+
+
+class Measured(Exception):
+    """Instead of measuring: what would have been."""
+
+
+@pytest.mark.parametrize(
+    "script, more",
+    [(progressive, ()), (progressive, ("--prediction", "v")), (cfd, ()), (cfd, ("--pd", "PD"))],
+)
+def test_every_row_is_what_its_name_says(
+    monkeypatch, tmp_path, tiny, script, more  # noqa: F811
+):
+    """Each sampler that `main` measures: network, noise levels, evaluations and images."""
+    common = "--device", "cpu", "--smoke", "--sigma-max", 40, "--teacher", tiny
+    run_script(progressive, monkeypatch, *common, "--out", tmp_path / "pd")
+
+    def stop(run, samplers, net, evaluator, reference):
+        assert reference == "teacher"
+        raise Measured(samplers)
+
+    monkeypatch.setattr(script, "measure", stop)
+    more = [tmp_path / "pd" if a == "PD" else a for a in more]
+    with pytest.raises(Measured) as measured:
+        run_script(script, monkeypatch, *common, "--out", tmp_path / "run", *more)
+    rows = measured.value.args[0]
+    seen, forward = [], Denoiser.forward
+
+    def record(self, x, sigma, labels=None):
+        seen.append((self, float(torch.as_tensor(sigma).flatten()[0]), labels))
+        return forward(self, x, sigma, labels)
+
+    monkeypatch.setattr(Denoiser, "forward", record)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=generator)
+    teacher = load_teacher(tiny, "digits", torch.device("cpu"))
+    names = set()
+    for (name, nfe), sampler in rows.items():
+        seen.clear()
+        images = sampler(noise, None)
+        assert len(seen) == nfe and len({id(network) for network, *_ in seen}) == 1, name
+        network, levels = seen[0][0], [level for _, level, _ in seen]
+        kind, _, how = name.partition(" (")
+        names.add(kind)
+        owner = teacher.state_dict()
+        if kind in ("pd", "cfd"):
+            at_first = kind == "pd" and more and script is cfd
+            owner = stage_weights(tmp_path / ("pd" if at_first else "run"), nfe)
+        ours = network.state_dict()
+        assert all(torch.equal(owner[k], ours[k]) for k in owner), name
+        u = torch.linspace(1, 0, nfe + 1, dtype=torch.float64)
+        if kind == "teacher":
+            edm = sigma_grid("edm", 17, sigma_max=40.0)
+            solver, grid = solvers.heun, torch.cat([edm, torch.zeros(1)])
+        elif kind == "untrained":
+            best, order, hand_made = best_untrained("digits", nfe)
+            assert how == f"{solver_name(best, order)}, {hand_made})"
+            solver = partial(solvers.SOLVERS[best], order=order)
+            grid = sigma_grid(hand_made, solvers.steps_for(best, nfe), 0.002, 40.0)
+        elif kind == "ddim-edm":
+            solver = solvers.euler
+            grid = (0.002 ** (1 / 7) + (40 ** (1 / 7) - 0.002 ** (1 / 7)) * u) ** 7
+        else:
+            solver, grid = solvers.euler, torch.tan(torch.pi / 2 * u).clamp(max=40.0)
+        seen.clear()
+        torch.testing.assert_close(images, solver(network, 40 * noise, grid))
+        torch.testing.assert_close(levels, [level for _, level, _ in seen])
+        assert max(levels) == 40.0
+        seen.clear()
+        sampler(noise, torch.tensor([1, 2]))
+        assert all(torch.equal(labels, torch.tensor([1, 2])) for *_, labels in seen)
+    assert names == {"ddim", "ddim-edm", "untrained", "teacher", "pd", *(["cfd"] * (script is cfd))}
 
 
 @pytest.mark.parametrize(
@@ -443,43 +572,8 @@ def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments,
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path, tiny):  # noqa: F811
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for k in (1, 2):
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={k}"]
-            if k > 1
-            else []
-        )
-        subprocess.run(
-            [
-                sys.executable,
-                *launcher,
-                "cfd.py",
-                "--device",
-                "cpu",
-                "--teacher",
-                tiny,
-                "--from-steps",
-                "4",
-                "--cfd-from",
-                "2",
-                "--updates",
-                "4",
-                "--batch-size",
-                "16",
-                "--eval-n",
-                "16",
-                "--out",
-                str(tmp_path / str(k)),
-            ],
-            cwd=ROOT,
-            env=environment,
-            check=True,
-            capture_output=True,
-        )
-    a, b = (stage_weights(tmp_path / str(k), 1) for k in (1, 2))
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
+    more = "--cfd-from", "2", "--beta", "0.5", "--gamma", "0.2"
+    assert_two_ranks_train_as_one("cfd.py", tmp_path, tiny, *more)
 
 
 @pytest.mark.slow
@@ -487,28 +581,10 @@ def test_a_short_training_beats_ddim(tmp_path):
     """Digits, 8 -> 4 in 100 updates by features alone: a lower FID than 4 DDIM steps, also in
     features that the loss has not seen.
     """
+    options = "--from-steps 8 --to-steps 4 --updates 100 --nfe 4 --eval-n 512".split()
     subprocess.run(
-        [
-            sys.executable,
-            "cfd.py",
-            "--device",
-            "cpu",
-            "--from-steps",
-            "8",
-            "--to-steps",
-            "4",
-            "--updates",
-            "100",
-            "--nfe",
-            "4",
-            "--eval-n",
-            "512",
-            "--out",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
+        [sys.executable, "cfd.py", "--device", "cpu", *options, "--out", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
     )
     rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
     for space in ("fid", "fid_unseen"):

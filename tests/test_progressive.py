@@ -17,8 +17,11 @@ from torch import nn
 
 import progressive
 from common import UsageError
+from common.baselines import halving_stages
 from common.datasets import Stream, load_dataset
-from common.diffusion import Denoiser, GaussianMixture, expand, sigma_grid, v_from_x0
+from common.diffusion import (
+    Denoiser, GaussianMixture, ddim_levels, expand, sigma_grid, stage_levels, v_from_x0,
+)
 from common.machinery.run import Run
 from common.solvers import euler
 from common.teacher import load_teacher, save_teacher
@@ -161,11 +164,11 @@ class TwoSteps(nn.Module):
 def test_the_exact_student_samples_like_the_teacher_in_half_the_steps(n):
     """n steps of it end where 2n of the teacher do; its loss is 0 unless t' and t'' are swapped."""
     case = Case(KEYS[0])
-    rows = progressive.stage_levels(n, 80.0)
+    rows = stage_levels(n, 80.0)
     student, x = TwoSteps(case.teacher, rows), 80 * golden("noise")
-    ours = euler(student, x, progressive.ddim_levels(n, 80.0))
+    ours = euler(student, x, ddim_levels(n, 80.0))
     torch.testing.assert_close(
-        ours, euler(case.teacher, x, progressive.ddim_levels(2 * n, 80.0)), rtol=1e-9, atol=1e-9
+        ours, euler(case.teacher, x, ddim_levels(2 * n, 80.0)), rtol=1e-9, atol=1e-9
     )
     sigma, mid, end = rows[torch.arange(6) % len(rows)].T
     x = golden("x0") + expand(sigma, x) * golden("noise")
@@ -184,11 +187,11 @@ def test_the_exact_student_samples_like_the_teacher_in_half_the_steps(n):
 
 @pytest.mark.parametrize("n", [1, 2, 16, 62])
 def test_levels_are_the_cosine_grid_and_nest(n):
-    rows, grid = progressive.stage_levels(n, 80.0), sigma_grid("cosine", 2 * n, 0.0, 80.0)
+    rows, grid = stage_levels(n, 80.0), sigma_grid("cosine", 2 * n, 0.0, 80.0)
     torch.testing.assert_close(rows[:, 0], grid[:-2:2], rtol=1e-12, atol=0)
     torch.testing.assert_close(rows[:, 1], grid[1::2], rtol=1e-12, atol=0)
     torch.testing.assert_close(rows[:, 2], grid[2::2], rtol=1e-12, atol=0)
-    torch.testing.assert_close(progressive.ddim_levels(2 * n, 80.0), grid, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ddim_levels(2 * n, 80.0), grid, rtol=1e-12, atol=0)
     i = torch.arange(n, 0, -1).double()
     expected = [torch.tan(torch.pi / 2 * t / n).clamp(max=80) for t in (i, i - 0.5, i - 1)]
     expected[0][0] = 80.0
@@ -197,7 +200,7 @@ def test_levels_are_the_cosine_grid_and_nest(n):
 
 @pytest.mark.parametrize("n", [128, 1024, 4096, 8192])
 def test_steps_above_sigma_max_are_left_out(n):
-    rows = progressive.stage_levels(n, 80.0)
+    rows = stage_levels(n, 80.0)
     t = torch.arange(n, 0, -1).double() / n
     left_out = (torch.tan(torch.pi / 2 * (t - 1 / n)) >= 80).sum().item()
     assert left_out > 0 and len(rows) == n - left_out
@@ -206,19 +209,19 @@ def test_steps_above_sigma_max_are_left_out(n):
     torch.testing.assert_close(
         rows[1:, 0], rows[:-1, 2], rtol=0, atol=0
     )  # each step begins where the one before it ends
-    levels = progressive.ddim_levels(n, 80.0)
+    levels = ddim_levels(n, 80.0)
     assert (levels[1:] < levels[:-1]).all() and len(levels) == len(rows) + 1
 
 
 def test_the_docstring_counts_the_steps_left_out():
-    left_out = 8192 - len(progressive.stage_levels(8192, 80.0))
+    left_out = 8192 - len(stage_levels(8192, 80.0))
     assert f"first {left_out} of 8192" in progressive.__doc__
 
 
-def test_plan_halves_and_doubles():
-    assert progressive.plan(8, 1, 10) == [(8, 10), (4, 10), (2, 20), (1, 20)]
-    assert progressive.plan(8, 4, 7) == [(8, 7), (4, 7)]
-    assert progressive.plan(2, 4, 7) == []
+def test_stages_halve_and_double():
+    assert halving_stages(8, 1, 10) == [(8, 10), (4, 10), (2, 20), (1, 20)]
+    assert halving_stages(8, 4, 7) == [(8, 7), (4, 7)]
+    assert halving_stages(2, 4, 7) == []
     paper = progressive.stages_of(progressive.Config(dataset="cifar10"))
     assert paper[0] == (4096, 50_000) and paper[-1] == (1, 100_000)
     assert sum(updates for _, updates in paper) == 750_000  # 11 stages of 50k and 2 of 100k
@@ -229,9 +232,9 @@ def test_plan_halves_and_doubles():
 @pytest.mark.parametrize("sigma_max", [1 + 1e-7, 1.1, 3.0, 80.0, 1e5])
 def test_stages_have_different_numbers_of_steps(sigma_max):
     """So that every row has its own name and NFE; below --sigma-max 1 two steps become one."""
-    counts = [len(progressive.stage_levels(2**k, sigma_max)) for k in range(14)]
+    counts = [len(stage_levels(2**k, sigma_max)) for k in range(14)]
     assert sorted(set(counts)) == counts
-    assert len(progressive.stage_levels(2, 0.9)) == 1
+    assert len(stage_levels(2, 0.9)) == 1
 
 
 @pytest.mark.parametrize("prediction", ["x", "v", "eps"])
@@ -255,7 +258,7 @@ def test_predictions_mean_what_they_are_called(prediction):
             return truth
 
     torch.testing.assert_close(
-        progressive.Predicts(Net(), 0.5, prediction)(x, sigma), x0, rtol=1e-9, atol=1e-9
+        progressive.VPDenoiser(Net(), 0.5, prediction)(x, sigma), x0, rtol=1e-9, atol=1e-9
     )
     torch.testing.assert_close(seen[0][0], x / (expand(sigma, x) ** 2 + 0.25).sqrt())
     torch.testing.assert_close(seen[0][1], sigma.log() / 4)
@@ -274,7 +277,7 @@ class Line(nn.Module):
 
     def __init__(self, n, mean, std):
         super().__init__()
-        self.register_buffer("levels", progressive.ddim_levels(n, 80.0)[:-1].float())
+        self.register_buffer("levels", ddim_levels(n, 80.0)[:-1].float())
         s2 = self.levels**2
         # of x / sqrt(1 + sigma^2), which is of one size at all levels
         self.gain = nn.Parameter(std**2 / (std**2 + s2) * (1 + s2).sqrt())
@@ -304,9 +307,9 @@ def test_trained_on_one_gaussian_it_is_the_exact_map(tmp_path):
     noise = torch.randn(
         64, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    truth = euler(exact, 80 * noise, progressive.ddim_levels(4, 80.0))
-    plain = euler(exact, 80 * noise, progressive.ddim_levels(1, 80.0))
-    ours = euler(student, 80 * noise, progressive.ddim_levels(1, 80.0))
+    truth = euler(exact, 80 * noise, ddim_levels(4, 80.0))
+    plain = euler(exact, 80 * noise, ddim_levels(1, 80.0))
+    ours = euler(student, 80 * noise, ddim_levels(1, 80.0))
     assert (ours - truth).square().mean().sqrt() < 0.02 * (plain - truth).square().mean().sqrt()
     assert all(
         torch.equal(a, b) for a, b in zip(teacher.parameters(), exact.parameters())
@@ -314,7 +317,7 @@ def test_trained_on_one_gaussian_it_is_the_exact_map(tmp_path):
     two = load_file(tmp_path / "student-2.safetensors")
     middle = copy.deepcopy(exact)
     middle.load_state_dict(two)
-    ours = euler(middle, 80 * noise, progressive.ddim_levels(2, 80.0))
+    ours = euler(middle, 80 * noise, ddim_levels(2, 80.0))
     assert (ours - truth).square().mean().sqrt() < 0.02 * (plain - truth).square().mean().sqrt()
 
 
@@ -341,7 +344,7 @@ def tiny_teacher(path, label_dim=0):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny.pt")
+    return tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny.safetensors")
 
 
 def tiny_config(tiny, out, **more):
@@ -360,6 +363,86 @@ def tiny_config(tiny, out, **more):
     )
 
 
+def assert_two_ranks_train_as_one(script, tmp_path, teacher, *more):
+    """By torchrun and alone, 4 -> 2 -> 1: the same students."""
+    options = "--device cpu --from-steps 4 --updates 4 --batch-size 16 --eval-n 16".split()
+    for k in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={k}"]
+        command = [sys.executable, *launcher * (k > 1), script, *options, *more]
+        subprocess.run(
+            [*command, "--teacher", teacher, "--out", str(tmp_path / str(k))],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True,
+        )
+    for name in ("student-2.safetensors", "student-1.safetensors"):
+        a, b = (load_file(tmp_path / str(k) / name) for k in (1, 2))
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
+
+
+def plain_training(config, teacher, stages, lr, loss):
+    """Progressive distillation without any of the machinery: the students {steps: denoiser}.
+
+    lr(share of the stage that is done); loss(steps, x0_hat, x~, sigma). Gradients are clipped to
+    a norm at which Adam's epsilon counts: elsewhere Adam undoes any constant factor.
+    """
+    torch.manual_seed(config.seed)
+    stream = Stream(load_dataset("digits"), config.batch_size, config.seed, config.flip)
+    student, students = copy.deepcopy(teacher).requires_grad_(True), {}
+    for n, updates in stages:
+        frozen = copy.deepcopy(student).requires_grad_(False)
+        optimizer = torch.optim.Adam(student.parameters(), fused=True)
+        for step in range(updates):
+            x0, labels = stream.next()
+            noise = torch.randn(x0.shape)
+            i = torch.randint(n, (len(x0),))
+            t = torch.stack([1 - (i + k / 2) / n for k in range(3)]).double()
+            levels = torch.tan(torch.pi / 2 * t).clamp(max=config.sigma_max)
+            levels[0, i == 0] = config.sigma_max
+            sigma, middle, end = levels.float()
+            x = x0 + sigma.view(-1, 1, 1, 1) * noise
+            target = progressive.two_step_target(
+                partial(frozen, labels=labels), x, sigma, middle, end
+            )
+            optimizer.zero_grad()
+            loss(n, student(x, sigma, labels), target, sigma).backward()
+            gradients = [p.grad for p in student.parameters()]
+            norm = sum(g.double().square().sum() for g in gradients).sqrt().item()
+            assert norm > 10 * config.clip
+            for gradient in gradients:
+                gradient *= config.clip / norm
+            optimizer.param_groups[0]["lr"] = config.lr * lr(step / updates)
+            optimizer.step()
+        students[n] = copy.deepcopy(student)
+    return students
+
+
+UNUSUAL = dict(seed=3, flip=True, clip=1e-6, sigma_max=40.0, lr=3e-2, updates=3)  # no defaults
+
+
+def assert_same_students(students, folder, initial):
+    """Those that a run left in `folder`, and not as they were at first."""
+    for n, student in students.items():
+        weights, before = load_file(folder / f"student-{n}.safetensors"), initial.state_dict()
+        ours, plain, start = (
+            torch.cat([d[k].flatten() for k in sorted(weights)])
+            for d in (weights, student.state_dict(), before)
+        )
+        assert (ours - plain).norm() < 1e-3 * (plain - start).norm(), n
+
+
+def test_training_is_a_plain_loop(tmp_path):
+    path = tiny_teacher(tmp_path / "tiny.safetensors", label_dim=10)
+    config = tiny_config(path, tmp_path / "run", weight="snr+1", **UNUSUAL)
+    teacher = load_teacher(path, "digits", torch.device("cpu"))
+    progressive.train(config, teacher=teacher)  # loading one draws random numbers
+
+    def loss(n, x0_hat, target, sigma):
+        return ((1 / sigma**2 + 1) * (x0_hat - target).square().mean((1, 2, 3))).mean()
+
+    students = plain_training(config, teacher, [(2, 6), (1, 6)], lambda done: 1 - done, loss)
+    assert_same_students(students, tmp_path / "run", teacher)
+
+
 def test_the_student_starts_as_the_teacher_without_dropout(tiny):
     teacher = load_teacher(tiny, "digits", torch.device("cpu"))
     student = progressive.make_student(teacher)
@@ -372,14 +455,19 @@ def test_the_student_starts_as_the_teacher_without_dropout(tiny):
     )
 
 
-@pytest.mark.parametrize("more", [{}, {"prediction": "v"}])
-def test_resumed_training_equals_an_uninterrupted_one_bitwise(tiny, tmp_path, monkeypatch, more):
+@pytest.mark.parametrize("more, at", [({}, 11), ({"prediction": "v"}, 19)])
+def test_resumed_training_equals_an_uninterrupted_one_bitwise(
+    tiny, tmp_path, monkeypatch, more, at
+):
+    """Cut in the middle of a stage whose teacher is a student: it is in the checkpoint too."""
     whole = progressive.train(tiny_config(tiny, tmp_path / "whole", **more))
     config, original, calls = tiny_config(tiny, tmp_path / "cut", **more), progressive.pd_loss, []
+    ends = np.cumsum([updates for _, updates in progressive.stages_of(config)])
+    assert ends[-2 if not more else -3] < at < ends[-1 if not more else -2]
 
-    def crash(*arguments):  # in the middle of the second stage
+    def crash(*arguments):
         calls.append(1)
-        return original(*arguments) if len(calls) < 8 else 1 / 0
+        return original(*arguments) if len(calls) <= at else 1 / 0
 
     monkeypatch.setattr(progressive, "pd_loss", crash)
     with pytest.raises(ZeroDivisionError):
@@ -387,7 +475,7 @@ def test_resumed_training_equals_an_uninterrupted_one_bitwise(tiny, tmp_path, mo
     monkeypatch.setattr(progressive, "pd_loss", original)
     config.resume = True
     run = Run("progressive", config)
-    assert run.restored["step"] == 7
+    assert run.restored["step"] == at
     resumed = progressive.train(config, run)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
     for name in ("student-2.safetensors", "student-1.safetensors"):
@@ -438,7 +526,7 @@ def test_every_stage_starts_from_the_one_before(tiny, tmp_path):
 
 def test_a_conditional_teacher_and_its_student_see_the_labels_of_the_images(tmp_path, monkeypatch):
     config = tiny_config(
-        tiny_teacher(tmp_path / "tiny.pt", label_dim=10), tmp_path / "run", to_steps=2
+        tiny_teacher(tmp_path / "tiny.safetensors", label_dim=10), tmp_path / "run", to_steps=2
     )
     stream = Stream(load_dataset("digits"), 8, config.seed)
     labels = [stream.next()[1] for _ in range(8)]
@@ -517,7 +605,7 @@ def pd_gradient(n, rows=32):
     teacher = load_teacher(None, "digits", torch.device("cpu"))
     student = progressive.make_student(teacher)
     generator = torch.Generator().manual_seed(0)
-    levels = progressive.stage_levels(n, 80.0).float()
+    levels = stage_levels(n, 80.0).float()
     i = torch.randint(len(levels), (rows,), generator=generator)
     sigma, mid, end = levels[i].unbind(1)
     x0, _ = Stream(load_dataset("digits"), rows, 0).next()
@@ -553,16 +641,10 @@ run_main = partial(run_script, progressive)
 def test_smoke_leaves_everything_behind(monkeypatch, tmp_path, capsys):
     run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert [(r["name"], r["nfe"]) for r in metrics["results"]] == [
-        ("ddim", 4),
-        ("ddim-edm", 4),
-        ("ddim", 2),
-        ("ddim-edm", 2),
-        ("pd", 2),
-        ("ddim", 1),
-        ("ddim-edm", 1),
-        ("pd", 1),
-        ("teacher", 35),
+    assert [(r["name"].split(" ")[0], r["nfe"]) for r in metrics["results"]] == [
+        *(("ddim", 4), ("ddim-edm", 4), ("untrained", 4)),
+        *(("ddim", 2), ("ddim-edm", 2), ("untrained", 2), ("pd", 2)),
+        *(("ddim", 1), ("ddim-edm", 1), ("untrained", 1), ("pd", 1), ("teacher", 35)),
     ]
     assert all(
         math.isfinite(r["fid"]) and r["fid_n"] == 32 and r["fid_features"] == "digits-classifier"
@@ -576,6 +658,7 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path, capsys):
         "metrics.json",
         "samples.png",
         "samples.npz",
+        "errors.npz",
         "fid.png",
         "log.jsonl",
         "checkpoint.pt",
@@ -584,49 +667,27 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path, capsys):
     }
     by_name = {(r["name"], r["nfe"]): r["rmse_to_teacher"] for r in metrics["results"]}
     assert by_name["ddim", 4] < by_name["ddim", 1] and by_name["teacher", 35] == 0
-    first = capsys.readouterr().out.split("name ", 1)[1].splitlines()[1:10]
+    first = capsys.readouterr().out.split("name ", 1)[1].splitlines()[1:13]
     run_main(
         monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path, "--resume"
     )  # only measures
-    assert capsys.readouterr().out.split("name ", 1)[1].splitlines()[1:10] == first
+    assert capsys.readouterr().out.split("name ", 1)[1].splitlines()[1:13] == first
 
 
 def test_a_student_can_be_sampled_later(monkeypatch, tmp_path, tiny):
     run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "a", "--teacher", tiny)
     student = tmp_path / "a" / "student-1.safetensors"
-    run_main(
-        monkeypatch,
-        "--smoke",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "b",
-        "--teacher",
-        student,
-        "--from-steps",
-        1,
-        "--nfe",
-        1,
-    )
+    more = "--teacher", student, "--from-steps", 1, "--nfe", 1
+    run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "b", *more)
     a, b = (json.loads((tmp_path / k / "metrics.json").read_text())["results"] for k in "ab")
     ours = next(r for r in a if (r["name"], r["nfe"]) == ("pd", 1))
     again = next(r for r in b if (r["name"], r["nfe"]) == ("ddim", 1))  # no training at all
-    assert ours["fid"] == again["fid"] and [r["name"] for r in b] == ["ddim", "ddim-edm", "teacher"]
+    assert ours["fid"] == again["fid"] and "pd" not in [r["name"] for r in b]
 
 
 def test_a_network_of_another_prediction_is_no_teacher(monkeypatch, tmp_path, tiny):
-    run_main(
-        monkeypatch,
-        "--smoke",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path,
-        "--teacher",
-        tiny,
-        "--prediction",
-        "eps",
-    )
+    more = "--teacher", tiny, "--prediction", "eps"
+    run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path, *more)
     rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
     assert [r["nfe"] for r in rows if r["name"] == "pd"] == [4, 2, 1]
     with pytest.raises(UsageError, match="eps-predicting student"):
@@ -664,22 +725,9 @@ def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments,
 @pytest.mark.slow
 def test_a_short_training_beats_ddim(tmp_path):
     """Digits, 8 -> 4 in 100 updates: a far lower FID than the teacher's with 4 DDIM steps."""
-    options = [
-        "--from-steps",
-        "8",
-        "--to-steps",
-        "4",
-        "--updates",
-        "100",
-        "--nfe",
-        "4",
-        "--eval-n",
-        "512",
-        "--out",
-        str(tmp_path),
-    ]
+    options = "--from-steps 8 --to-steps 4 --updates 100 --nfe 4 --eval-n 512".split()
     subprocess.run(
-        [sys.executable, "progressive.py", "--device", "cpu", *options],
+        [sys.executable, "progressive.py", "--device", "cpu", *options, "--out", str(tmp_path)],
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -692,39 +740,4 @@ def test_a_short_training_beats_ddim(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_as_one(tmp_path, tiny):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for k in (1, 2):
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={k}"]
-            if k > 1
-            else []
-        )
-        subprocess.run(
-            [
-                sys.executable,
-                *launcher,
-                "progressive.py",
-                "--device",
-                "cpu",
-                "--teacher",
-                tiny,
-                "--from-steps",
-                "4",
-                "--updates",
-                "4",
-                "--batch-size",
-                "16",
-                "--eval-n",
-                "16",
-                "--out",
-                str(tmp_path / str(k)),
-            ],
-            cwd=ROOT,
-            env=environment,
-            check=True,
-            capture_output=True,
-        )
-    for name in ("student-2.safetensors", "student-1.safetensors"):
-        a, b = (load_file(tmp_path / str(k) / name) for k in (1, 2))
-        for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=2e-5)
+    assert_two_ranks_train_as_one("progressive.py", tmp_path, tiny)

@@ -126,7 +126,8 @@ def save_fid_curves(path, rows, title=""):
         if row["name"] == "teacher":
             references[f"teacher ({row['nfe']} evaluations)"] = row["fid"]
         else:
-            xs, ys = curves.setdefault(row["name"], ([], []))
+            name = row["name"].partition(" (")[0]  # untrained (solver, grid): one curve
+            xs, ys = curves.setdefault(name, ([], []))
             xs.append(row["nfe"])
             ys.append(row["fid"])
     colors = {name: COLORS.get(name.removesuffix("-1step")) or next(grays) for name in curves}

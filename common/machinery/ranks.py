@@ -57,6 +57,20 @@ def gather_rows(rows):
     return torch.cat([part[: int(n)] for part, n in zip(parts, counts)])
 
 
+def gather_with_gradient(rows):
+    """All ranks' rows (n, ...), n the same on each; for a loss that is no mean over images.
+
+    Each rank computes the whole loss. Its gradient is multiplied by the number of ranks here, so
+    that the average of `average_gradients` is the gradient of one rank that has all rows.
+    """
+    rank, world = rank_and_world()
+    if world == 1:
+        return rows
+    parts = list(gather_rows(rows.detach()).split(len(rows)))
+    parts[rank] = rows + (world - 1) * (rows - rows.detach())
+    return torch.cat(parts)
+
+
 def average_gradients(parameters):
     """Every gradient <- its mean over the ranks, in one all-reduce."""
     if rank_and_world()[1] > 1:
