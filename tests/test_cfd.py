@@ -399,7 +399,6 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path):
         "samples.png",
         "samples.npz",
         "errors.npz",
-        "errors.npz",
         "fid.png",
         "log.jsonl",
         "checkpoint.pt",
