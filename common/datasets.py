@@ -6,9 +6,9 @@ too large for memory.
 """
 import functools
 import gzip
-import hashlib
 import json
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +19,8 @@ import torch
 from common import UsageError
 from common.machinery.files import cache_dir, locked
 from common.machinery.large_data import (
-    Source,
-    as_tensor,
-    count,
-    find_source,
-    is_downsampled,
-    list_batches,
-    list_images,
-    load_source,
-    read_batch,
-    read_downsampled,
-    stamp,
+    SPLITS, Source, as_tensor, find_source, is_downsampled, list_batches, list_images,
+    load_source, read_batch, read_downsampled, stamp,
 )
 from common.machinery.options import DATASETS
 from common.machinery.pickles import one_line
@@ -92,7 +83,9 @@ def load_dataset(name, split="train", data_dir=None, device="cpu"):
     elif name in ("folder", "imagenet64"):
         path = find_source(name, data_dir)
         read = read_downsampled if is_downsampled(path) else _folder
-        images, labels, num_classes, split = load_source(path, split, read)
+        images, labels, num_classes, split, about = load_source(path, split, read)
+        height, width = images.shape[2:]
+        _say(f"{one_line(path)}: {len(images):,} images of {height}x{width}, {about}")
     else:
         raise UsageError(f"--dataset {name}: unknown, choose one of {', '.join(DATASETS)}")
     mapped = isinstance(images, np.memmap)
@@ -167,30 +160,74 @@ def _packed_mnist(images, labels):
     return images.reshape(-1, 1, 28, 28).copy(), labels.copy()
 
 
-def _folder(path, split):
-    """One split of a folder or zip of images, not yet read.
+def _layout(path):
+    """What a folder or zip is taken for: splits {folder: names}, labels {name: class}, classes.
 
-    Classes: `dataset.json` as EDM writes it, {"labels": [[file, class], ...] or null}, or
-    else the first-level sub-folders. If `train` and `test` or `val` are the first level,
-    they are the splits, and the classes lie below. A split without a folder is all images.
+    Splits are folders called `train` and `test`, or `val`, `valid`, `validation`; {"": names}
+    without. Classes: `dataset.json` as EDM writes it, {"labels": [[file, class], ...] or null}, or
+    else the folders below, in the order of their numbers where all are numbers. Also: words for
+    what was left out, and the function that opens an image. Raises UsageError for images beside
+    folders of splits or classes, which could be anything.
     """
-    names, opener = list_images(path)
-    tops = {name.split("/")[0] for name in names}
-    folders = {}  # split -> its folder
-    if tops <= {"train", "test", "val"}:
-        folders = {"test" if top == "val" else top: top for top in sorted(tops)}
-    labels, num_classes = _labels(path, names, opener, level=1 if folders else 0)
-    if split in folders:
-        names, serves = [n for n in names if n.startswith(folders[split] + "/")], [split]
+    _, names, opener, others = list_images(path)
+    tops = {name.partition("/")[0] for name in names if "/" in name}
+    known = [top for split in SPLITS.values() for word in split for top in tops
+             if top.lower() == word]
+    for name in names if known else ():
+        _check_place(path, name, name.partition("/")[0] in known, known)
+    parts = {top: [n for n in names if n.startswith(f"{top}/")] for top in known} or {"": names}
+    labels = _labels_file(path, names, opener)
+    if labels is None:
+        folder_of = {}
+        for part, files in parts.items():
+            below = {name: name[len(part) + bool(part):].split("/") for name in files}
+            found = {name: words[0] for name, words in below.items() if len(words) > 1}
+            for name in files if found else ():
+                _check_place(path, name, name in found, sorted({*found.values()})[:3])
+            folder_of |= found
+        classes = {*folder_of.values()}
+        order = int if all(map(str.isdecimal, classes)) else str
+        classes = sorted(classes, key=lambda name: (order(name), name)) if len(classes) > 1 else []
+        number = {name: i for i, name in enumerate(classes)}
+        labels = {name: number[top] for name, top in folder_of.items() if number}
     else:
-        split, serves = "all", sorted({"train", "test"} - folders.keys())
-    parts = ((n, _read_image(path, n, opener)[None], [labels.get(n, 0)]) for n in names)
+        classes = list(map(str, range(max(labels.values(), default=-1) + 1)))
+    skipped = "".join(f"; {n:,} skipped ({kind})" for kind, n in others.items())
+    return parts, labels, classes, skipped, opener
+
+
+def _check_place(path, name, right, folders):
+    if not right:
+        raise UsageError(
+            f"--data-dir {path}: {one_line(name)} lies beside the folders "
+            f"{one_line(', '.join(folders))}: move it into one of them, or away"
+        )
+
+
+def _folder(path, split):
+    """One split of a folder or zip of images, not yet read. Without one of its own: all images."""
+    parts, labels, classes, skipped, opener = _layout(path)
+    own = {s: next((top for top in parts if top.lower() in SPLITS[s]), None) for s in SPLITS}
+    if own[split]:
+        names, serves, name = parts.pop(own[split]), [split], split
+        skipped += "".join(f"; not {top}" for top in parts if top not in own.values())
+    else:
+        names, name = sorted(sum(parts.values(), [])), "all"
+        serves = [s for s in own if not own[s]]
+    counts = Counter(labels[n] for n in names if n in labels)
+    classes = classes if counts else []  # flat test images of a training set with classes
+    about = f"{split} split" if own[split] else f"no {split} split"
+    if classes:
+        shown = [f"{k} {one_line(classes[k])} ({counts[k]:,})" for k in sorted(counts)[:12]]
+        about += f"; {len(classes)} classes: {', '.join(shown)}{', ...' * (len(counts) > 12)}"
+    about += skipped if classes else f"; no classes{skipped}"
+    pixels = ((n, _read_image(path, n, opener)[None], [labels.get(n, 0)]) for n in names)
     size = len(names) * _read_image(path, names[0], opener).nbytes
-    return Source(path, size, parts, num_classes, split, serves)
+    return Source(path, size, pixels, len(classes), name, serves, about)
 
 
-def _labels(path, names, opener, level):
-    """{name: class}, number of classes: from dataset.json or the folders at `level`."""
+def _labels_file(path, names, opener):
+    """{name: class} of dataset.json, {} where it has none; None without that file."""
     most = max(2**24, sum(len(name) + 40 for name in names))  # bytes of the JSON
     try:
         with opener("dataset.json", most) as file:
@@ -201,67 +238,78 @@ def _labels(path, names, opener, level):
         if labels and not 0 <= min(labels.values()) <= max(labels.values()) < 10**5:
             raise ValueError("class numbers must lie in 0 ... 99999")
     except (FileNotFoundError, KeyError):  # no such file, or none in the zip
-        folder_of = {}
-        for name in names:
-            parts = name.split("/")
-            folder_of[name] = parts[level] if len(parts) > level + 1 else ""
-        classes = sorted(set(folder_of.values()))
-        if len(classes) < 2 or "" in classes:
-            return {}, 0
-        number = {folder: i for i, folder in enumerate(classes)}
-        return {name: number[folder] for name, folder in folder_of.items()}, len(classes)
+        return None
     except Exception as error:  # damaged zips and JSON raise many kinds
-        right = '{"labels": [[file, class number], ...]}'
-        reason = one_line(error)
-        raise UsageError(f"--data-dir {path}: dataset.json is not {right} ({reason})") from None
-    num_classes = max(labels.values(), default=-1) + 1
-    unknown = [name for name in names if name not in labels]
-    if num_classes and unknown:
-        first = one_line(unknown[0])
-        raise UsageError(f"--data-dir {path}: {first} has no label in dataset.json")
-    return labels, num_classes
+        wanted, reason = '{"labels": [[file, class number], ...]}', one_line(error)
+        raise UsageError(f"--data-dir {path}: dataset.json is not {wanted} ({reason})") from None
+    for name in names if labels else ():
+        if name not in labels:
+            raise UsageError(f"--data-dir {path}: {one_line(name)} has no label in dataset.json")
+    return labels
 
 
 def _read_image(path, name, opener):
-    """One square grey or RGB image -> (C, H, W) uint8. Its head is checked before it is decoded."""
+    """One square image -> (C, H, W) uint8. Its head is checked before it is decoded."""
     from PIL import Image
     try:
         with warnings.catch_warnings(), opener(name, MOST_IMAGE) as file:
             warnings.simplefilter("ignore")  # PIL's about large images
             with Image.open(file, formats=FORMATS) as image:
-                mode, (width, height) = image.mode, image.size
-                fits = mode in ("L", "RGB") and width == height <= LARGEST
-                pixels = np.asarray(image) if fits else None
+                width, height = image.size
+                if width == height <= LARGEST:
+                    return _pixels(image)
     except Exception as error:  # PIL's decoders raise many kinds
         reason = f"{one_line(name)} is not a readable image ({one_line(error)})"
         raise UsageError(f"--data-dir {path}: {reason}") from None
-    if not fits:
-        mend = []
-        if mode not in ("L", "RGB"):
-            mend.append("convert it to RGB, by PIL's Image.open(f).convert('RGB').save(f)")
-        if width != height:
-            mend.append("crop it to a square")
-        if max(width, height) > LARGEST:
-            mend.append("scale it down")
-        raise UsageError(
-            f"--data-dir {path}: {one_line(name)} is {width}x{height} of PIL mode {mode}; "
-            f"images must be square, of mode L or RGB, and at most {LARGEST} pixels wide: "
-            f"{', '.join(mend)}"
-        )
+    raise UsageError(
+        f"--data-dir {path}: {one_line(name)} is {width}x{height}; images must be square, and at "
+        f"most {LARGEST} pixels wide: crop or scale copies of them"
+    )
+
+
+def _pixels(image):
+    """Grey or RGB (C, H, W): turned as EXIF says, 16 bits scaled to 8, on white if transparent."""
+    from PIL import Image, ImageOps
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() >= 2**16:
+            raise ValueError("more than 16 bits")
+        return ((levels + 128) // 257).astype(np.uint8)[None]
+    if image.mode == "F":
+        raise ValueError("floating point numbers")
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if image.mode[-1] in "Aa" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.asarray(image.convert(mode))
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
 
-def fingerprint(name, data_dir, exact=False):
-    """"" for a data set that its name identifies; else "-" and 8 hex digits.
+def class_shares(name, data_dir):
+    """The share of each class (K,) in a `folder` with classes; None for other data sets."""
+    if name != "folder" or not data_dir or is_downsampled(data_dir):
+        return None
+    parts, labels, classes, *_ = _layout(find_source(name, data_dir))
+    used = next(iter(parts.values()))  # of the training images
+    counts = torch.bincount(torch.tensor([labels.get(n, 0) for n in used]), minlength=len(classes))
+    return counts.double() / len(used) if classes else None
 
-    They are of the place and the number of images. exact: and 16 more of all sizes and times.
+
+@functools.cache  # each line once
+def _say(line):
+    if rank_and_world()[0] == 0:
+        print(line)
+
+
+def fingerprint(name, data_dir, exact=False):
+    """"" for a data set that its name identifies; else "-" and 16 hex digits.
+
+    They are of its place and of the names and sizes of its files. exact: and of their times.
     """
     if name != "folder" and (name != "imagenet64" or data_dir is None):
         return ""
-    path = find_source(name, data_dir)
-    files = stamp(path)
-    place = hashlib.sha256(f"{path} {count(path, files)}".encode()).hexdigest()[:8]
-    return f"-{place}-{files}" if exact else f"-{place}"
+    return f"-{stamp(find_source(name, data_dir), times=exact)}"
 
 
 def has_test_images(name, data_dir):
@@ -289,7 +337,7 @@ def shape_of(name, data_dir):
 def _first_shape(path, stamp):
     if is_downsampled(path):
         return read_batch(next(iter(list_batches(path).values())))[0].shape[1:]
-    names, opener = list_images(path)
+    _, names, opener, _ = list_images(path)
     return _read_image(path, names[0], opener).shape
 
 

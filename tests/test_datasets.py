@@ -327,7 +327,6 @@ def test_a_zip_of_edm_carries_its_labels(tmp_path, name):
             ["b.png", "not a readable image"],
         ),
         ({"a.png": png(pixels(1)[:2])}, ["a.png", "4x2", "square"]),
-        ({"a.png": png(pixels(1, channels=4))}, ["a.png", "RGBA", ": convert it to RGB, by PIL's"]),
         (
             {
                 "a/a.png": png(pixels(1)),
@@ -346,6 +345,146 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path, files, parts):
     write(folder, files)
     message = refused("folder", "train", folder)
     assert all(part in message for part in ["--data-dir", str(folder), *parts])
+
+
+CAT, DOG, BIRD = (png(pixels(v)) for v in (10, 20, 30))
+BOTH = {"cat/a.png": CAT, "dog/b.png": DOG}
+MAC = {"__MACOSX/cat/._a.png": b"", "cat/.DS_Store": b"", "dog/.hidden/copy.png": DOG}
+TRAIN = {f"train/{name}": content for name, content in BOTH.items()}
+NUMBERED = {f"{k}/{k}.png": png(pixels(k)) for k in range(12)}
+LAYOUTS = {  # files, corners of the training and of the test images or None for all, what is said
+    "hidden": (
+        {**BOTH, ".ipynb_checkpoints/c.png": BIRD, **MAC}, {10: 0, 20: 1}, None,
+        "no train split; 2 classes: 0 cat (1), 1 dog (1); 4 skipped (hidden)"),
+    "valid": (
+        {**TRAIN, "valid/dog/c.png": BIRD}, {10: 0, 20: 1}, {30: 1},
+        "train split; 2 classes: 0 cat (1), 1 dog (1)"),
+    "Train and validation": (
+        {"Train/a.png": CAT, "validation/b.png": DOG}, {10: 0}, {20: 0}, "train split; no classes"),
+    "test before val": (
+        {"train/a.png": CAT, "val/b.png": DOG, "test/c.png": BIRD}, {10: 0}, {30: 0},
+        "train split; no classes; not val"),
+    "flat test": (
+        {**TRAIN, "test/c.png": BIRD}, {10: 0, 20: 1}, {30: 0}, "train split; 2 classes"),
+    "enclosed": (
+        {f"pets/{n}": c for n, c in BOTH.items()}, {10: 0, 20: 1}, None, "0 cat (1), 1 dog (1)"),
+    "enclosed twice hidden": (
+        {**{f"pets/{n}": c for n, c in TRAIN.items()}, "pets/test/c.png": BIRD,
+         "__MACOSX/pets/._train": b""}, {10: 0, 20: 1}, {30: 0}, "1 skipped (hidden)"),
+    "enclosed labels": (
+        {"set/a.png": CAT, "set/b.png": DOG,
+         "set/dataset.json": b'{"labels": [["a.png", 1], ["b.png", 0]]}'}, {10: 1, 20: 0}, None,
+        "2 classes: 0 0 (1), 1 1 (1)"),
+    "numbers": (NUMBERED, {k: k for k in range(12)}, None, "9 9 (1), 10 10 (1), 11 11 (1)"),
+    "numbers from 1": (
+        {"10/a.png": CAT, "9/b.png": DOG}, {10: 1, 20: 0}, None, "0 9 (1), 1 10 (1)"),
+    "other endings": (
+        {"a.jfif": CAT, "b": DOG, "c.PNG": BIRD, "notes.txt": b"PNG"}, {10: 0, 20: 0, 30: 0}, None,
+        "no classes; 1 skipped (no image)"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_layout_is_read_as_it_is_meant_and_what_was_read_is_said(case, packed, tmp_path, capsys):
+    files, train, test, said = LAYOUTS[case]
+    source = tmp_path / "set"
+    if packed:
+        with zipfile.ZipFile(source, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        write(source, files)
+    data = load_dataset("folder", "train", source)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert corners(data) == train and f"{len(train)} images of 4x4, " in line and said in line
+    assert data.num_classes == (len({*train.values()}) if "2 classes" in line or len(train) > 3 else
+                                data.num_classes)
+    held_out = load_dataset("folder", "test", source)
+    assert corners(held_out) == (test or train) and held_out.split == ("test" if test else "all")
+    load_dataset("folder", "train", source)
+    assert "train" not in capsys.readouterr().out.replace("no test", "")  # said once
+
+
+@pytest.mark.parametrize(
+    "files, named",
+    [
+        ({**TRAIN, "test/cat/c.png": BIRD, "preview.png": BIRD}, ["preview.png", "train, test"]),
+        ({**TRAIN, "more/c.png": BIRD}, ["more/c.png", "train"]),
+        ({**BOTH, "c.png": BIRD}, ["c.png", "cat, dog"]),
+        ({**TRAIN, "train/c.png": BIRD}, ["train/c.png", "cat, dog"]),
+    ],
+)
+def test_a_layout_that_could_mean_two_things_is_refused(tmp_path, files, named):
+    write(tmp_path, files)
+    message = refused("folder", "train", tmp_path)
+    assert all(part in message for part in ["lies beside the folders", *named])
+
+
+def test_links_are_followed_and_circles_refused(tmp_path):
+    write(tmp_path / "elsewhere", BOTH)
+    (tmp_path / "set").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert corners(load_dataset("folder", "train", tmp_path / "set")) == {10: 0, 20: 1}
+    (tmp_path / "elsewhere" / "dog" / "again").symlink_to(tmp_path / "elsewhere" / "dog")
+    assert "leads in a circle" in refused("folder", "train", tmp_path / "set")
+    (tmp_path / "elsewhere" / "dog" / "again").unlink()
+    (tmp_path / "elsewhere" / "dog" / "up").symlink_to(tmp_path / "set")  # by way of another link
+    assert "leads in a circle" in refused("folder", "train", tmp_path / "set")
+
+
+def test_names_that_are_no_text_are_read(tmp_path, monkeypatch):
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    for name in (b"a", b"b"):
+        os.makedirs(folder + b"/\xe4" + name)
+        with open(folder + b"/\xe4" + name + b"/\xfc.png", "wb") as file:
+            file.write(CAT)
+    monkeypatch.setattr(large_data, "IN_MEMORY", 1)
+    assert load_dataset("folder", "train", os.fsdecode(folder)).labels.tolist() == [0, 1]
+    assert fingerprint("folder", os.fsdecode(folder), exact=True)
+
+
+def saved(image, kind="png", **how):
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+
+def test_images_are_turned_scaled_and_put_on_white(tmp_path):
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (4, 4)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    colour = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
+    alpha = np.full((4, 4, 1), 255, np.uint8)
+    alpha[0], alpha[1] = 0, 51
+    on_white = (colour * (alpha / 255) + 255 - alpha).round()
+    palette = Image.fromarray(grey // 64).convert("P")
+    palette.putpalette([9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0])
+    cases = {
+        "turned": (saved(Image.fromarray(colour), exif=exif), np.rot90(colour, -1)),
+        "16 bits": (saved(Image.fromarray(grey.astype(np.uint16) * 257)), grey[..., None]),
+        "rgba": (saved(Image.fromarray(np.concatenate([colour, alpha], 2))), on_white),
+        "la": (saved(Image.fromarray(colour[..., 0]).convert("LA")), colour[..., :1]),
+        "two levels": (saved(Image.fromarray(grey > 99)), 255 * (grey > 99)[..., None]),
+        "palette": (saved(palette), [[[9 - 3 * k, 8 - 3 * k, 7 - 3 * k] if k < 3 else [0, 0, 0]
+                                      for k in row] for row in grey // 64]),
+    }
+    for name, (content, expected) in cases.items():
+        write(tmp_path / name, {"a.png": content})
+        images = load_dataset("folder", "train", tmp_path / name).images
+        found = images[0].permute(1, 2, 0).double().numpy()
+        np.testing.assert_allclose(found, expected, atol=1 if name == "rgba" else 0, err_msg=name)
+    write(tmp_path / "float", {"a.tif": saved(Image.fromarray(grey / np.float32(7)), "tiff")})
+    assert "not a readable image (floating" in refused("folder", "train", tmp_path / "float")
+
+
+def test_the_shares_of_classes_are_those_of_the_training_images(tmp_path):
+    files = {f"train/{'cat' if k else 'dog'}/{k}.png": CAT for k in range(10)}
+    write(tmp_path, {**files, "test/dog/a.png": DOG})
+    assert datasets.class_shares("folder", tmp_path).tolist() == [0.9, 0.1]
+    assert datasets.class_shares("digits", None) is None
 
 
 def test_a_folder_must_be_given_and_exist(tmp_path):
@@ -527,10 +666,11 @@ def test_val_is_test(tmp_path):
 def test_a_changed_folder_has_another_exact_fingerprint(tmp_path):
     write(tmp_path, {"a.png": png(pixels(1)), "b.png": png(pixels(2))})
     before = [fingerprint("folder", tmp_path, exact) for exact in (False, True)]
-    write(tmp_path, {"a.png": png(pixels(200, size=4))})
-    os.utime(tmp_path / "a.png", ns=(1, 1))
+    os.utime(tmp_path / "a.png", ns=(1, 1))  # copied, perhaps: classifier and teacher stay
     after = [fingerprint("folder", tmp_path, exact) for exact in (False, True)]
-    assert before[0] == after[0] and before[1] != after[1] and before[1].startswith(before[0] + "-")
+    assert before[0] == after[0] and before[1] != after[1]
+    write(tmp_path, {"a.png": png(pixels(200, size=6))})  # resized in place: they do not
+    assert fingerprint("folder", tmp_path) != before[0]
 
 
 def test_a_part_of_the_images_is_of_all_classes():
@@ -604,7 +744,7 @@ GOOD = {"data": np.zeros((2, 48), np.uint8), "labels": [1, 1000]}
         ({"labels": [0, 5]}, "1 to 1000"),
         ({"labels": [1, 1001]}, "1 to 1000"),
         ({"labels": [1]}, "not 2 numbers"),
-        ({"labels": [1.0, 2.0]}, "1 to 1000"),
+        ({"labels": [1.0, 2.0]}, "numbers"),
         ({"labels": ["a", "b"]}, "numbers"),
         ({"data": np.zeros((2, 75), np.uint8)}, "(3, 4, 4)"),
         ({"data": np.zeros((0, 48), np.uint8), "labels": []}, "1 to 1000"),

@@ -405,8 +405,8 @@ def array_code(shape, dtype, data, order=b"|"):
 
 PIXELS = array_code((1, 48), "u1", bytes(48))
 BATCHES = {
-    "doubled labels": (PIXELS, doubled(), "its labels are a tuple"),
-    "a label that is a doubled list": (PIXELS, b"](" + doubled() + b"e", "not numbers from 1 to"),
+    "doubled labels": (PIXELS, doubled(), "a tuple in place of an arr"),
+    "a label that is a doubled list": (PIXELS, b"](" + doubled() + b"e", "a tuple in place of an arr"),
     "a shape of 2^60": (
         array_code((2**30, 2**30), "u1", bytes(48)), b"]K\x01a", "not a readable batch"),
     "a negative shape": (array_code((-1, 48), "u1", bytes(48)), b"]K\x01a", "without a shape"),
@@ -414,12 +414,12 @@ BATCHES = {
     "a long type": (array_code((1, 48), "u1," * 10**6, bytes(48)), b"]K\x01a", "unknown type"),
     "pixels that are a list": (b"]", b"]K\x01a", "in place of an array"),
     "pixels that are a scalar": (
-        b"cnumpy.core.multiarray\nscalar\n)R", b"]K\x01a", "in place of an array"),
+        b"cnumpy.core.multiarray\nscalar\n)R", b"]K\x01a", "not a readable batch"),
     "an array without state": (
         b"cnumpy.core.multiarray\n_reconstruct\n)R", b"]K\x01a", "not a readable batch"),
     "a tuple 300,000 deep as byte order": (
         array_code((1, 48), "u1", bytes(48)).replace(text("|"), b")" + b"\x85" * 300_000),
-        b"]K\x01a", "unknown byte order"),
+        b"]K\x01a", "unknown type or byte order"),
     "a label of 10^600": (PIXELS, b"]\x8a\xfa" + b"\x01" * 250 + b"a", "1 to 1000"),
     "ndarray called": (b"cnumpy\nndarray\n(J\xff\xff\xff\x7ftR", b"]K\x01a", "in place of an arr"),
 }
