@@ -322,7 +322,8 @@ def has_test_images(name, data_dir):
     if name == "digits":
         return True
     path = find_source(name, data_dir)
-    return not is_downsampled(path) and _folder(path, "test").split == "test"
+    parts = {} if is_downsampled(path) else _layout(path)[0]
+    return any(len(parts[top]) > 1 for top in parts if top.lower() in SPLITS["test"])
 
 
 def shape_of(name, data_dir):
@@ -361,6 +362,8 @@ class Stream:
         if batch_size % world:
             right = f"must be a multiple of the {world} ranks"
             raise UsageError(f"--batch-size {batch_size}: {right}")
+        if len(dataset.images) < 2:
+            raise UsageError(f"--dataset {dataset.name}: one image; training needs two, FID too")
         self.batch_size = batch_size
         self.part = batch_size // world  # images of this rank in a batch
         self.position, self.epoch = 0, None

@@ -59,7 +59,8 @@ class Denoiser(nn.Module):
         z = x.to(torch.float64 if double else torch.float32)
         sigma = expand(sigma, z)  # (B or 1, 1, 1, 1)
         c_skip, c_out, c_in = self.coefficients(sigma)
-        c_noise = (sigma.log() / 4).flatten().expand(len(z))  # (B,)
+        tiny = torch.finfo(sigma.dtype).tiny  # D(x, 0) is x: c_out is 0, the network must be finite
+        c_noise = (sigma.clamp(min=tiny).log() / 4).flatten().expand(len(z))  # (B,)
         f = self.model(c_in * z, c_noise, labels, augment_labels)  # (B, C, H, W)
         return (c_skip * z + c_out * f.to(z.dtype)).to(x.dtype)
 

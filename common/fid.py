@@ -4,18 +4,23 @@
 the images are in colour, else that of the data set's own classifier: such numbers compare methods
 on one data set with one classifier, never with a paper. Each number carries its feature space.
 """
+import argparse
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from common import UsageError
-from common.classifier import SHIPPED, load_classifier
+from common.classifier import SHIPPED, ImageNetFeatures, load_classifier
 from common.datasets import (
     ASSETS,
+    SHAPES,
+    class_shares,
     evenly,
     fingerprint,
     has_test_images,
@@ -35,9 +40,10 @@ from common.machinery.files import (
     weights_digest,
 )
 from common.machinery.inception import EDM_REFERENCES, edm_reference, load_inception
+from common.machinery.options import cli, require
 from common.machinery.pickles import one_line
 from common.machinery.ranks import gather_rows, rank_and_world, share_of, sum_over_ranks
-from common.machinery.run import tf32
+from common.machinery.run import pick_device, tf32
 
 # -------------------------------------------------------------------------------- the distance
 
@@ -48,13 +54,15 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     tr sqrt(cov1 cov2) is the sum of the roots of the eigenvalues of L^T cov2 L, L L^T = cov1: a
     symmetric matrix, so no complex parts, and singular covariances do no harm. L is Cholesky's;
     where rounding leaves a singular cov1 without one, from its eigenvectors. Raises ValueError
-    when the shapes do not fit.
+    when the shapes do not fit or a value is not finite.
     """
     moments = [torch.as_tensor(a).detach().to("cpu", torch.float64) for a in (mu1, cov1, mu2, cov2)]
     mu1, cov1, mu2, cov2 = moments
     if not (mu1.shape == mu2.shape and cov1.shape == cov2.shape == (*mu1.shape, *mu1.shape)):
         shapes = [tuple(a.shape) for a in moments]
         raise ValueError(f"moments of shapes {shapes} do not fit together")
+    if not all(a.isfinite().all() for a in moments):
+        raise ValueError("moments with values that are not finite have no distance")
     root, failed = torch.linalg.cholesky_ex(cov1)
     if failed:
         values, vectors = torch.linalg.eigh(cov1)
@@ -77,6 +85,10 @@ class Moments:
     def add(self, features):
         """Take in a batch (B, D)."""
         features = features.detach().double()
+        if not features.isfinite().all():
+            raise ValueError(f"features of images {self.n} ... have values that are not finite")
+        if not len(features):
+            return
         mean = features.mean(0)
         centred = features - mean
         scatter = centred.T @ centred
@@ -188,6 +200,7 @@ class FeatureExtractor:
     device: torch.device
     features: Callable
     logits: Callable | None = None  # features -> logits of the Inception Score
+    most: int = 10**9  # real images that its moments are taken from, where it is slow
 
     @torch.no_grad()
     def __call__(self, images):
@@ -233,6 +246,17 @@ def classifier_features(dataset_name, device, data_dir=None, steps=None, seed=0)
     return FeatureExtractor(name, digest, net.head.in_features, device, features)
 
 
+def imagenet_features(device):
+    """Features of EfficientNet-Lite0, trained on ImageNet by others: for `fd`, which is no FID."""
+    net = ImageNetFeatures("lite0", "fd", "leave it out", resize="bicubic").to(device)
+
+    def features(images):
+        return torch.cat([net(to_float(part))[0] for part in images.split(50)])
+
+    digest = weights_digest(net)
+    return FeatureExtractor("efficientnet-lite0", digest, 1280, device, features, most=10_000)
+
+
 def features_of(images, extractor, batch_size=250):
     """uint8 images (N, C, H, W) -> features (N, D) on the extractor's device."""
     return torch.cat([extractor(batch) for batch in images.split(batch_size)])
@@ -269,13 +293,13 @@ def reference_fids(config, evaluator, noise):
     noise: the row of images of pure noise.
     """
     found = {}
-    for space, suffix in ((evaluator, ""), (evaluator.unseen, "_unseen")):
-        real = space and real_row(config, space) or {}
+    for space, names in evaluator.spaces():
+        real = real_row(config, space) or {}
         for metric in ("fid", "kid"):
-            if metric + suffix in noise:
-                found[metric + suffix] = {"noise": noise[metric + suffix]}
+            if names[metric] in noise:
+                found[names[metric]] = {"noise": noise[names[metric]]}
                 if metric in real:
-                    found[metric + suffix] |= {"real": real[metric], "real_n": real["n"]}
+                    found[names[metric]] |= {"real": real[metric], "real_n": real["n"]}
     return found
 
 
@@ -297,7 +321,9 @@ def reference_moments(dataset_name, extractor, data_dir=None, split="train"):
         except Exception:  # np.load raises anything on a file that is cut short or foreign
             print(f"{path}: damaged or of an older version, made again")
         moments = Moments(extractor.dim, extractor.device)
-        images = load_dataset(dataset_name, split, data_dir).images
+        images = evenly(load_dataset(dataset_name, split, data_dir).images, extractor.most)
+        if len(images) < 2:
+            raise UsageError(f"--dataset {dataset_name}: one {split} image: a FID needs two")
         for batch in tqdm(images.split(250), f"moments of {dataset_name}", leave=False, **BAR):
             moments.add(extractor(batch))
         mu, cov = (a.cpu().numpy() for a in moments.mean_cov())
@@ -319,7 +345,8 @@ def load_moments(path, extractor):
     `extractor`'s.
     """
     try:
-        mu, cov = map(np.array, read_npz(path, ("mu", "sigma"), most=2**28))
+        arrays = read_npz(path, ("mu", "sigma"), most=2**28)
+        mu, cov = (np.asarray(a, np.float64) for a in arrays)
     except Exception as error:  # as above
         raise UsageError(
             f"--reference {path}: not an .npz with `mu` and `sigma` ({one_line(error)})"
@@ -330,7 +357,8 @@ def load_moments(path, extractor):
             f"{extractor.name} has {extractor.dim}"
         )
     size = np.abs(cov).max()
-    if not (np.isfinite([size, *mu]).all() and np.allclose(cov, cov.T, 1e-3, 1e-6 * size)):
+    fits = np.isfinite([size, *mu]).all() and np.allclose(cov, cov.T, 1e-3, 1e-6 * size)
+    if not fits or np.linalg.eigvalsh(cov).min() < -1e-3 * size:
         raise UsageError(f"--reference {path}: `mu` or `sigma` is no mean or covariance matrix")
     return mu, cov
 
@@ -343,7 +371,19 @@ class Evaluator:
     reference: tuple  # mu, cov; of the data set's own images also n and some features, for KID
     against: str = "train"  # of what: "train" images, "edm", or the path of an .npz
     unseen: "Evaluator | None" = None  # a second space, for methods whose loss sees features
+    imagenet: "Evaluator | None" = None  # and ImageNet's, with --fd
     real: torch.Tensor | None = None  # features of real images (M, D), for precision and recall
+
+    def spaces(self):
+        """[(Evaluator, what its columns fid, kid, ... are called in metrics.json)]"""
+        called = {"": ("fid", "kid"), "unseen": ("fid_unseen", "kid_unseen"),
+                  "imagenet": ("fd", "kid_fd")}
+        found = []
+        for which, (fid, kid) in called.items():
+            if space := getattr(self, which) if which else self:
+                found.append((space, {"fid": fid, "fid_features": f"{fid}_features", "kid": kid,
+                                      "kid_se": f"{kid}_se"}))
+        return found
 
 
 def make_evaluator(config, device, unseen=False):
@@ -373,9 +413,17 @@ def make_evaluator(config, device, unseen=False):
     if unseen and extractor.name != "inception":
         other = classifier_features(name, device, data_dir, steps, seed=1)
         evaluator.unseen = Evaluator(other, reference_moments(name, other, data_dir))
+    if config.fd:
+        for option_name, value in vars(config).items():
+            right = f"the loss sees these features by --{option_name.replace('_', '-')} {value}"
+            require(value != "lite0", "fd", "", right)
+        other = imagenet_features(device)
+        evaluator.imagenet = Evaluator(other, reference_moments(name, other, data_dir))
     if config.recall:
         last = evaluator.unseen or evaluator
         images = evenly(load_dataset(name, "train", data_dir).images, 50_000)
+        if len(images) < 4:
+            raise UsageError(f"--dataset {name}: {len(images)} images: recall needs at least four")
         last.real = features_of(images, last.extractor)
     return evaluator
 
@@ -387,7 +435,7 @@ class Metrics:
         self.evaluator, self.n = evaluator, n
         space = evaluator.extractor
         self.moments = Moments(space.dim, space.device)
-        self.unseen = Metrics(evaluator.unseen, n) if evaluator.unseen else None
+        self.others = [(Metrics(e, n), names) for e, names in evaluator.spaces()[1:]]
         nothing = torch.zeros(0, space.dim, device=space.device)
         self.features = [nothing]
         if space.logits:  # for each tenth of the images: sums of p (K,) and of p log p, the count
@@ -402,8 +450,8 @@ class Metrics:
         space, images = self.evaluator.extractor, to_uint8(x0)
         features = space(images)
         self.moments.add(features)
-        if self.unseen:
-            self.unseen.add(x0, first)
+        for other, _ in self.others:
+            other.add(x0, first)
         if self.evaluator.real is not None or self.evaluator.reference[3:] and first < KID_FAKE:
             self.features.append(features)
         if space.logits:
@@ -417,9 +465,9 @@ class Metrics:
         """Columns of metrics.json, of all ranks together.
 
         `fid` with its feature space, n and reference, `kid` in the same features with its
-        standard error; with a second space `fid_unseen`, `kid_unseen`; with Inception also the
-        Inception Score (Salimans et al. 2016, arXiv:1606.03498). Precision and recall are those
-        of the second space, if there is one.
+        standard error; in a second space `fid_unseen`, `kid_unseen`, in ImageNet's `fd`,
+        `kid_fd`; with Inception also the Inception Score (Salimans et al. 2016,
+        arXiv:1606.03498). Precision and recall are those of the unseen space, if there is one.
         """
         evaluator, moments = self.evaluator, self.moments.of_all_ranks()
         fake = gather_rows(torch.cat(self.features))
@@ -432,13 +480,9 @@ class Metrics:
         if evaluator.reference[3:]:
             real = evaluator.reference[3]
             row["kid"], row["kid_se"] = kernel_distance(real, fake[:KID_FAKE])
-        if self.unseen:
-            second = self.unseen.row()
-            for name in ("fid", "fid_features", "kid", "kid_se"):
-                metric, _, what = name.partition("_")
-                if name in second:
-                    row["_".join([metric, "unseen", *filter(None, [what])])] = second[name]
-            row.update({k: v for k, v in second.items() if k[:3] not in ("fid", "kid")})
+        for other, names in self.others:
+            other = other.row()
+            row |= {names.get(k, k): v for k, v in other.items() if k not in row or k in names}
         if evaluator.extractor.logits:
             scores = self._inception_scores()
             row["inception_score"] = scores.mean().item()
@@ -459,9 +503,28 @@ class Metrics:
 # ---------------------------------------------------------------------------- sample and measure
 
 
-def labels_for(seeds, label_dim, device):
-    """Class k % K (B,) for the image of seed k, K = label_dim; None without classes."""
-    return torch.as_tensor(seeds, device=device) % label_dim if label_dim else None
+def labels_for(seeds, label_dim, device, shares=None):
+    """Class k % K (B,) for the image of seed k, K = label_dim; None without classes.
+
+    shares (K,): how often a class occurs in the data. Where they differ, image k has the class
+    at place k g (mod 1) of their cumulative sum, g the golden ratio: so they are kept.
+    """
+    if not label_dim:
+        return None
+    k = torch.as_tensor(seeds, device=device)
+    if shares is None or len(shares) != label_dim or shares.min() == shares.max():
+        return k % label_dim
+    place = k.double() * (5**0.5 - 1) / 2 % 1
+    classes = torch.searchsorted(shares.to(device).cumsum(0), place, right=True)
+    return classes.clamp(max=label_dim - 1)  # rounding may leave the last sum below 1
+
+
+def save_pngs(folder, images, first):
+    """Write uint8 images (n, C, H, W) as folder/000007.png, ..., numbered from `first` on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images.cpu().numpy(), first):
+        pixels = Image.fromarray(image.transpose(1, 2, 0).squeeze(-1 if len(image) == 1 else ()))
+        pixels.save(folder / f"{i:06d}.png")
 
 
 @torch.no_grad()
@@ -469,15 +532,17 @@ def measure(run, samplers, net, evaluator=None, reference=None):
     """Sample run.config.eval_n images from the noise of seeds 0, 1, 2, ...; measure them.
 
     samplers: {(name, nfe): sampler(noise, labels) -> x0}; noise is unit Gaussian (B, C, H, W),
-    float64; labels are `labels_for` the seeds. net: gives img_shape and label_dim. Returns the
-    rows of metrics.json in the order of `samplers`, and pictures {"name, NFE n": 16 images, uint8}.
+    float64; labels are `labels_for` the seeds, in the shares of a `folder`'s classes. net: gives
+    img_shape and label_dim. Returns the rows of metrics.json in the order of `samplers`, and
+    pictures {"name, NFE n": 16 images, uint8}.
 
     A row has the columns of `Metrics.row` and, if `reference` names one of the samplers,
     `rmse_to_teacher`: the root mean square difference from its images, over images and pixels in
     [-1, 1], and `rmse_se`, its standard error. Each image's mean square stays in errors.npz, for
     `paired_difference`. Under torchrun every rank samples its share. Without an evaluator: only
     pictures. In a classifier's features `run.references` gets FID and KID of real images and of
-    pure noise. Raises UsageError if a sampler's values are not finite.
+    pure noise. The first --save-images of a row become images/NAME/000000.png, ... Raises
+    UsageError if a sampler's values are not finite.
     """
     config, device, shape = run.config, run.device, net.img_shape
     n = config.eval_n if evaluator else min(16, config.eval_n)
@@ -490,6 +555,7 @@ def measure(run, samplers, net, evaluator=None, reference=None):
     if evaluator and evaluator.extractor.name != "inception":
         second = evaluator.unseen and dataclasses.replace(evaluator.unseen, real=None)
         pure_noise = Metrics(dataclasses.replace(evaluator, unseen=second, real=None), n)
+    shares = class_shares(config.dataset, config.data_dir)
     pictures = {label: [torch.zeros(0, *shape, dtype=torch.uint8)] for label in labelled}
     errors, target = torch.zeros(len(order), n, dtype=torch.float64, device=device), None
     total = (share.stop - share.start) * len(order)
@@ -497,7 +563,7 @@ def measure(run, samplers, net, evaluator=None, reference=None):
         for first in range(share.start, share.stop, config.eval_batch):
             seeds = range(first, min(first + config.eval_batch, share.stop))
             noise = noise_from_seeds(seeds, shape, device)
-            labels = labels_for(seeds, net.label_dim, device)
+            labels = labels_for(seeds, net.label_dim, device, shares)
             if pure_noise:
                 pure_noise.add(noise, first)
             for i, label in enumerate(order):
@@ -515,6 +581,9 @@ def measure(run, samplers, net, evaluator=None, reference=None):
                     errors[i, first : seeds.stop] = squares.flatten(1).mean(1)
                 if evaluator:
                     metrics[label].add(x0, first)
+                if config.save_images and first < config.save_images:
+                    folder = run.out / "images" / re.sub(r"[^\w.]+", "-", label)
+                    save_pngs(folder, to_uint8(x0)[: config.save_images - first], first)
                 if first < share.start + 16:
                     pictures[label].append(to_uint8(x0[:16]).cpu())
                 bar.update(len(seeds))
@@ -530,3 +599,51 @@ def measure(run, samplers, net, evaluator=None, reference=None):
             rmse, error = paired_difference(errors[label], 0 * errors[label])
             rows[-1] |= {"rmse_to_teacher": rmse, "rmse_se": error}
     return rows, {label: torch.cat(parts)[:16] for label, parts in pictures.items()}
+
+
+def moments_of(what, extractor):
+    """(mu, cov, n, features) of a data set, NAME or NAME:test, a folder or a zip of images.
+
+    Of an .npz with moments mu and cov alone. Raises UsageError.
+    """
+    name, _, split = what.partition(":")
+    if name in SHAPES and name != "imagenet64":
+        return reference_moments(name, extractor, None, split or "train")
+    if what.endswith(".npz"):
+        return load_moments(what, extractor)
+    try:
+        return reference_moments("folder", extractor, what)
+    except ValueError as error:  # a classifier of images of another shape
+        raise UsageError(f"{what}: {error}") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The Frechet distance, and KID, of two sets.")
+    for name in ("a", "b"):
+        parser.add_argument(name, help="digits, mnist, mnist:test, a folder, a zip or an .npz")
+    parser.add_argument("--features", help="a data set, whose classifier's; inception; or lite0 "
+                        "(default: of the data set among the two, else lite0)")
+    parser.add_argument("--inception", help="FID weights of Inception (default: cache, download)")
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args()
+    device, _ = pick_device(given.device)
+    sets = [what.partition(":")[0] for what in (given.a, given.b)]
+    space = given.features or next((name for name in sets if name in SHAPES), "lite0")
+    if space == "inception":
+        net = load_inception(given.inception, fetch=True)
+        require(net, "features", space, "its weights are not at hand")
+        extractor = FeatureExtractor(space, weights_digest(net), 2048, device, net.to(device))
+    else:
+        extractor = (imagenet_features(device) if space == "lite0"
+                     else classifier_features(space, device))
+    first, second = (moments_of(what, extractor) for what in (given.a, given.b))
+    n = " and ".join(str(m[2]) if m[2:] else "?" for m in (first, second))
+    print(f"{'fd' if space == 'lite0' else 'fid'} [{extractor.name}, n={n}]: "
+          f"{frechet_distance(*first[:2], *second[:2]):.5g}")
+    if first[3:] and second[3:]:
+        value, error = kernel_distance(first[3], second[3])
+        print(f"kid [{extractor.name}, at most {KID_REAL} of each]: {value:.4g} +- {error:.2g}")
+
+
+if __name__ == "__main__":
+    cli(main)

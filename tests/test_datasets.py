@@ -270,6 +270,8 @@ def test_held_out_images_are_at_hand_or_not(tmp_path, monkeypatch):
     write(tmp_path / "flat", {"a.png": png(pixels(1))})
     write(tmp_path / "split", {"train/a.png": png(pixels(1)), "val/a.png": png(pixels(2))})
     there = datasets.has_test_images
+    assert not there("folder", tmp_path / "split")  # a FID needs two
+    write(tmp_path / "split", {"val/b.png": png(pixels(2))})
     assert there("digits", None) and there("folder", tmp_path / "split")
     assert not there("folder", tmp_path / "flat")
     assert not there("mnist", None) and not there("cifar10", None)  # and nothing is downloaded
@@ -1070,6 +1072,11 @@ def test_rows_are_read_in_the_order_of_the_file():
 
     stream = Stream(Dataset("read", Images(), data.labels, 23, "train", ahead=True), 11, seed=0)
     assert same(stream.next(), Stream(data, 11, seed=0).next()) and read[0] == sorted(read[0])
+
+
+def test_one_image_is_no_training_set():
+    with pytest.raises(UsageError, match="one image"):
+        Stream(numbered(1), 4, seed=0)
 
 
 def test_what_goes_wrong_while_fetching_is_raised_by_next():

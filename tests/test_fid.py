@@ -126,6 +126,21 @@ def test_moments_are_those_of_numpy_however_they_arrive(sizes):
     np.testing.assert_allclose(cov, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_numbers_that_are_not_finite_are_said_and_an_empty_batch_is_nothing():
+    """max(0.0, nan) is 0.0: a perfect score for broken moments."""
+    mu, cov = random_moments(0)
+    for bad in (np.nan, np.inf):
+        for wrong in ((mu * bad, cov), (mu, cov * bad)):
+            with pytest.raises(ValueError, match="not finite"):
+                frechet_distance(*wrong, *wrong)
+    moments = Moments(3)
+    with pytest.raises(ValueError, match="images 0 .* not finite"):
+        moments.add(torch.tensor([[0.0, np.nan, 0]]))
+    for batch in (torch.zeros(0, 3), torch.eye(3), torch.zeros(0, 3)):
+        moments.add(batch)
+    np.testing.assert_allclose(moments.mean_cov()[1], np.cov(np.eye(3)))
+
+
 def test_one_image_has_no_covariance():
     moments = Moments(2)
     moments.add(torch.ones(1, 2))
@@ -376,6 +391,14 @@ def test_moments_of_edm_are_read(tmp_path):
     for name in ("wrong.npz", "none.npz"):
         with pytest.raises(UsageError, match=f"{name}.*`mu` and `sigma`"):
             load_moments(tmp_path / name, extractor)
+    for kind in (">f8", "f4", np.longdouble):  # of another machine
+        np.savez(tmp_path / "other.npz", mu=mu.astype(kind), sigma=cov.astype(kind))
+        found = load_moments(tmp_path / "other.npz", extractor)
+        assert found[1].dtype == np.float64 and found[1].dtype.isnative
+        np.testing.assert_allclose(found[1], cov, rtol=1e-6, atol=1e-6)
+    np.savez(tmp_path / "negative.npz", mu=mu, sigma=-np.eye(len(mu)))  # a FID of 0 to itself
+    with pytest.raises(UsageError, match="negative.npz: .* no mean or covariance"):
+        load_moments(tmp_path / "negative.npz", extractor)
     extractor.dim += 1
     pattern = f"ref.npz.* {len(mu)} features, some-features has {len(mu) + 1}"
     with pytest.raises(UsageError, match=pattern):
@@ -419,6 +442,100 @@ def test_an_image_belongs_to_its_seed_whatever_the_batch():
     assert len(measure(samplers, n=90, classes=3)[1]["a, NFE 1"]) == 16  # all there is to see
     assert fid.labels_for(range(12), 10, "cpu").tolist() == [*range(10), 0, 1]
     assert fid.labels_for([1], 0, "cpu") is None
+
+
+@pytest.mark.parametrize("shares", [[0.9, 0.1], [0.0, 0.25, 0.75], [0.5, 0.5]])
+def test_labels_come_in_the_shares_of_the_data(shares, monkeypatch):
+    monkeypatch.setattr(fid, "class_shares", lambda *a: torch.tensor(shares, dtype=torch.float64))
+    seen = []
+    samplers = {("a", 1): lambda noise, labels: seen.append(labels) or noise}
+    measure(samplers, Evaluator(PIXELS, (np.zeros(16), np.eye(16))), n=200, batch=7,
+            classes=len(shares))
+    counts = torch.cat(seen).bincount(minlength=len(shares)) / 200
+    np.testing.assert_allclose(counts, shares, atol=0.01)
+    monkeypatch.setattr(fid, "class_shares", lambda *a: torch.ones(7))  # another data set's
+    seen.clear()
+    measure(samplers, n=5, classes=3)
+    assert torch.cat(seen).tolist() == [0, 1, 2, 0, 1]
+
+
+def test_images_of_every_row_are_saved_for_other_metrics(tmp_path):
+    config = Options(eval_n=9, eval_batch=4, save_images=6)
+    run = SimpleNamespace(config=config, device=torch.device("cpu"), rank=0, out=tmp_path)
+    for channels in (1, 3):
+        net = SimpleNamespace(img_shape=(channels, 4, 4), label_dim=0)
+        samplers = {("untrained (unipc3, cosine)", 2): lambda noise, labels: 0.3 * noise}
+        fid.measure(run, samplers, net)
+        files = sorted((tmp_path / "images" / "untrained-unipc3-cosine-NFE-2").iterdir())
+        assert [file.name for file in files] == [f"{i:06d}.png" for i in range(6)]
+        images = load_dataset("folder", "train", files[0].parent).images
+        noise = noise_from_seeds(range(6), (channels, 4, 4))
+        assert torch.equal(images, to_uint8((0.3 * noise).float()))
+
+
+def test_fd_is_the_distance_in_imagenets_features(monkeypatch, tmp_path):
+    monkeypatch.setattr(fid, "imagenet_features", lambda device: PIXELS)
+    evaluator = make_evaluator(Options(fd=True), "cpu")
+    x0 = to_float(load_dataset("digits", "test").images)
+    row = row_of(evaluator, x0)
+    pixels = load_dataset("digits").images.flatten(1)[:, :16].double().numpy()
+    found = to_uint8(x0).flatten(1)[:, :16].double().numpy()
+    expected = frechet_distance(pixels.mean(0), np.cov(pixels.T), found.mean(0), np.cov(found.T))
+    assert row["fd"] == pytest.approx(expected) and row["fd_features"] == "pixels"
+    assert row["kid_fd"] != row["kid"] and row["fid_features"] == "digits-classifier"
+    plain = row_of(make_evaluator(Options(), "cpu"), x0)
+    assert {k: v for k, v in row.items() if "fd" not in k} == plain
+    config = Options(fd=True)
+    config.features = "lite0"
+    with pytest.raises(UsageError, match="--fd .*the loss sees these features"):
+        make_evaluator(config, "cpu")
+
+
+def test_lite0_gives_the_features_before_its_last_layer():
+    pytest.importorskip("efficientnet_lite_pytorch")
+    extractor = fid.imagenet_features("cpu")
+    features = extractor(load_dataset("digits").images[:2])
+    assert extractor.name == "efficientnet-lite0" and features.shape == (2, 1280)
+
+
+def test_the_distance_of_two_sets_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """A data set, a folder, a zip, moments: the same images have the same distance."""
+    test = load_dataset("digits", "test").images
+    fid.save_pngs(tmp_path / "folder", test, 0)
+    extractor = feature_extractor("digits", "cpu")
+    mu, cov, *_ = reference_moments("digits", extractor, split="test")
+    np.savez(tmp_path / "moments.npz", mu=mu, sigma=cov)
+    found = {}
+    for other in ("digits:test", str(tmp_path / "folder"), str(tmp_path / "moments.npz")):
+        monkeypatch.setattr("sys.argv", ["fid.py", "digits", other, "--device", "cpu"])
+        fid.main()
+        found[other] = capsys.readouterr().out.splitlines()[-2:]
+    first, second, third = found.values()
+    assert first == second and third[-1] == first[0].replace("297", "?")
+    assert first[0] == "fid [digits-classifier, n=1500 and 297]: 1.414"
+    assert first[1].startswith("kid [digits-classifier, at most 2000 of each]: 0.02431 +- 0.0")
+    write_wrong = torch.zeros(3, 1, 9, 9, dtype=torch.uint8)
+    fid.save_pngs(tmp_path / "wrong", write_wrong, 0)
+    monkeypatch.setattr("sys.argv", ["fid.py", "digits", str(tmp_path / "wrong")])
+    with pytest.raises(UsageError, match="wrong: images of shape .1, 9, 9."):
+        fid.main()
+
+
+@pytest.mark.parametrize("images, options, said", [
+    (1, {}, "one train image: a FID needs two"), (3, {"recall": True}, "3 images: recall needs"),
+])
+def test_too_few_images_are_refused_before_the_training(tmp_path, images, options, said):
+    fid.save_pngs(tmp_path, load_dataset("digits").images[:images], 0)
+    config = Options(dataset="folder", data_dir=str(tmp_path), smoke=True, **options)
+    with pytest.raises(UsageError, match=said):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fid, "feature_extractor", lambda *a: PIXELS)
+            make_evaluator(config, "cpu")
+
+
+PIXELS = fid.FeatureExtractor(
+    "pixels", "0", 16, torch.device("cpu"), lambda images: images.flatten(1)[:, :16]
+)
 
 
 def close(row, other):

@@ -406,7 +406,7 @@ def array_code(shape, dtype, data, order=b"|"):
 PIXELS = array_code((1, 48), "u1", bytes(48))
 BATCHES = {
     "doubled labels": (PIXELS, doubled(), "a tuple in place of an arr"),
-    "a label that is a doubled list": (PIXELS, b"](" + doubled() + b"e", "a tuple in place of an arr"),
+    "a label that is a doubled list": (PIXELS, b"](" + doubled() + b"e", "a tuple in place of"),
     "a shape of 2^60": (
         array_code((2**30, 2**30), "u1", bytes(48)), b"]K\x01a", "not a readable batch"),
     "a negative shape": (array_code((-1, 48), "u1", bytes(48)), b"]K\x01a", "without a shape"),

@@ -88,6 +88,10 @@ class Options:
         "(default: EDM's with Inception on cifar10 or imagenet64, else `train`)",
     )
     recall: bool = option(False, "also precision and recall: keeps the features of all images")
+    fd: bool = option(False, "also fd: distance in ImageNet features of EfficientNet-Lite0")
+    save_images: int | None = option(
+        None, "write so many images of each row as PNG, of seeds 0, 1, 2, ...", low=1
+    )
 
     @property
     def classifier_steps(self):
