@@ -153,8 +153,8 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("part / (2 * root) if root", "part / root if root"),
         ("metrics[label].add(x0, first)", "metrics[label].add(x0[:-1], first)"),
         (
-            "labels_for(seeds, net.label_dim, device)",
-            "labels_for(range(len(seeds)), net.label_dim, device)",
+            "labels_for(seeds, net.label_dim, device, shares)",
+            "labels_for(range(len(seeds)), net.label_dim, device, shares)",
         ),
         ("if not x0.isfinite().all():", "if False:"),
         ("                with tf32():\n", "                if True:\n"),

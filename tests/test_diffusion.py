@@ -152,7 +152,7 @@ def test_denoiser_tends_to_x():
     denoiser = Denoiser(Affine(5.0, 1.0, -3.0))
     for sigma in (1e-3, 1e-6):
         close(denoiser(IMAGES, sigma), IMAGES, 40 * sigma)
-    assert torch.equal(denoiser(IMAGES, 0.0), IMAGES)  # log 0 is infinite, the last step to 0 is not
+    assert torch.equal(denoiser(IMAGES, 0.0), IMAGES)  # although log 0 is infinite
     assert (denoiser(IMAGES, 1e-1) - IMAGES).abs().max() > 0.1
 
 
