@@ -325,7 +325,7 @@ def fit(config, run=None, teacher=None):
     state = State(fitted={})
     run.resume(state=state)
     kind, auto = config.grid, config.grid == "auto"
-    reference = heun(denoiser, x, reference_grid(config)) if auto else None
+    reference = auto and heun(denoiser, x, reference_grid(config))
     jobs = list(product(config.nfe, config.solver))
     for job in run.steps(len(jobs), "fitting"):
         (nfe, solver), started = jobs[job], time.perf_counter()
@@ -333,12 +333,13 @@ def fit(config, run=None, teacher=None):
             kind = best_grid(config, solver, nfe, denoiser, x, reference)
         student, fine, targets = make_plan(config, solver, nfe, kind)
         lambdas, squares = fit_lambdas(student, fine, targets, denoiser, x, config.output)
-        mean = torch.tensor(squares / (config.fit_n * x[0].numel()))
-        run.loss = mean.sqrt()  # RMSE to the fine solver's last state
+        # RMSE to the fine solver's last state
+        run.loss = torch.tensor(squares / (config.fit_n * x[0].numel())).sqrt()
+        evaluations = nfe + len(fine) + auto * (len(GRIDS) * nfe + config.reference_nfe)
         state.fitted[solver, nfe] = {
             "solver": solver, "nfe": nfe, "grid": "schedule" if config.schedule else kind,
             "sigmas": student_grid(config, solver, nfe, kind).tolist(), "lambdas": lambdas,
-            "fit_evaluations": config.fit_n * (nfe + len(fine)),
+            "fit_evaluations": config.fit_n * evaluations,
             "fit_seconds": round(time.perf_counter() - started, 2),
         }
     if auto:

@@ -32,10 +32,10 @@ QUICK = {
     "distributional": ["--images", "20000"],
 }
 TEACHER = "teacher, Heun"
-BASELINES = ("DDIM, EDM grid", "DDIM, cosine grid", "UniPC-3, EDM grid")
+BASELINES = ("DDIM, best grid", "DDIM, cosine grid", "UniPC-3, EDM grid")
 SERIES = {  # what is shown: (run, name of its rows, colour)
     TEACHER: ("progressive", "teacher", COLORS["teacher"]),
-    "DDIM, EDM grid": ("dode", "ddim", "0.75"),
+    "DDIM, best grid": ("dode", "ddim", "0.75"),
     "DDIM, cosine grid": ("progressive", "ddim", "0.6"),
     "UniPC-3, EDM grid": ("ld3", "edm", "0.4"),
     "LD3 (UniPC-3)": ("ld3", "ld3", COLORS["ld3"]),
@@ -46,7 +46,7 @@ SERIES = {  # what is shown: (run, name of its rows, colour)
     "CUD, one step": ("cud", "cud-1step", COLORS["cud"]),
     "GDD-I": ("distributional", "gdd-i", COLORS["gdd-i"]),
 }
-PICTURE = [label for label in SERIES if label not in (TEACHER, "DDIM, EDM grid", "CUD, one step")]
+PICTURE = [label for label in SERIES if label not in (TEACHER, "DDIM, best grid", "CUD, one step")]
 BEST = "teacher's best"
 PLACES = {  # without a row of their own: row, column, caption
     TEACHER: ("DDIM, cosine grid", BEST, "Heun, 35 evaluations"),

@@ -125,7 +125,7 @@ def grids_on_networks(nfe):
 def all_jobs():
     """In the order of running: cheap ones first, and nothing before what it needs."""
     from_teacher, from_others = networks()
-    command = "dode.py --solver ddim --nfe 1 2 4 8"
+    command = "dode.py --solver ddim --grid edm --nfe 1 2 4 8"
     jobs = [*from_teacher, Job("d-ode", "edm", "d-ode-edm-seed0", command)]
     jobs += scalars_on_networks(0) + scalars_on_networks(1) + scalars_on_networks(2)
     for nfe in (2, 3, 4, 6, 8):
