@@ -1,27 +1,34 @@
 """GDD, GDD-I: Diffusion Models Are Innate One-Step Generators (Zheng & Yang, arXiv:2405.20750).
 
 Idea: one step of a diffusion model from its highest noise level gives blurred images. GDD
-sharpens them by a GAN's loss, which matches the samples' distribution to the data's. The
-teacher gives the first weights and never runs; GDD-I freezes its convolutions.
+sharpens them by the loss of a GAN, which compares distributions and never an image with an
+image of the teacher's: the teacher gives the first weights and is not run again. GDD-I freezes
+the convolutions: the remaining 15 % of the weights are enough to make a generator of it.
 
-Loss (theirs: loss.py:238-313), z ~ N(0, I), real images x0, heads k of the discriminator:
-    G(z) = D(sigma_max z, sigma_max), D: the denoiser
+Loss (official: training/loss.py:238-313). z ~ N(0, I), x0 a real image, F(x, sigma) the denoiser
+that is trained, disc_k(x) the logits of the discriminator's head k:
+    G(z) = F(sigma_max z, sigma_max)
     L_G = sum_k E softplus(-disc_k(G(z)))
     L_D = sum_k E softplus(-disc_k(x0)) + E softplus(disc_k(G(z)))
     R1  = gamma/2 E |d/dx0 sum_k disc_k(x0)|^2, 16 times at every 16th step
-Heads see frozen networks' features, mixed at random (Projected GAN, arXiv:2111.01007).
+The heads see feature maps of frozen networks, mixed at random (Projected GAN, arXiv:2111.01007).
 
 Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):
- 1. L_D takes the fake images of L_G, made before G's update (theirs: new ones).
- 2. Frozen: vgg16_bn and efficientnet_b0 (theirs: vgg16_bn or DeiT, efficientnet_lite0); on
-    small data: a classifier, of another seed than those of the FIDs.
- 3. Heads: spectral norm alone (Projected GAN: batch norm too); the logit of the image's
-    class (theirs: a pretrained embedding).
- 4. Checkpoints hold all of disc (theirs: without the random projections).
- 5. A gradient that is not finite stops the run (theirs: replaced by 0 or +-1e5).
- 6. Not here: hinge loss, teachers' targets, several steps.
-Digits: FID .87 (GDD-I), .72 (GDD); DDIM with 10: 1.73. More: RESULTS.md
-    python distributional.py                # digits, GDD-I: 5 min on one CPU core
+ 1. L_G, L_D: sums over heads of means (theirs: `logits += tensor` makes them sums over images,
+    with 64 a GPU 16 times as large, and R1 not). So gamma = 1e-4 / 16 here is their 1e-4.
+ 2. Frozen networks: VGG16's maps after each pooling (theirs: before it, twice as large; DeiT in
+    its place but for CIFAR-10); on small data a classifier of a seed that no FID uses.
+ 3. Mixing of scales: 3x3 convolutions of the coarser map, without biases, which keep the maps'
+    size (theirs: 1x1, PyTorch's first weights, at the coarsest map too; then all are doubled).
+ 4. Heads: of one width, spectral norm alone, up to 4x4 logits (theirs: widening to 512, batch
+    norm too, 16 logits); a logit for each class (theirs: a pretrained embedding of classes).
+ 5. F keeps EDM's preconditioning (theirs: consistency models'; 5e-5 apart at sigma_max = 80).
+ 6. bfloat16 on GPUs for G and disc, not for R1 (theirs: for G alone).
+ 7. Checkpoints hold disc and both optimizers (theirs: neither disc nor its optimizer).
+ 8. A gradient that is not finite stops the run (theirs: replaced by 0 or +-1e5).
+ 9. Not here: hinge loss, instance-level losses (--teacher-type), generators of several steps.
+Digits: RESULTS.md, beside the best that needs no training.
+    python distributional.py                # digits, GDD-I: 6 min on one CPU core
     python distributional.py --freeze none  # GDD: all is trained
     python distributional.py --dataset cifar10 --teacher edm-cifar10-32x32-uncond-ve
 """
@@ -35,9 +42,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from common.baselines import untrained_sampler
 from common.classifier import ImageNetFeatures, load_classifier
 from common.datasets import Stream, load_dataset
-from common.diffusion import Denoiser, sigma_grid, with_labels
+from common.diffusion import sigma_grid, with_labels
 from common.fid import make_evaluator, measure
 from common.machinery.diffusers_teachers import our_name
 from common.machinery.options import (
@@ -46,45 +54,37 @@ from common.machinery.options import (
 from common.machinery.plots import save_curves, save_rows
 from common.machinery.run import Run
 from common.solvers import euler, heun
-from common.teacher import check_classes, ema_decay, ema_update, load_teacher
+from common.teacher import check_classes, ema_decay, ema_update, load_teacher, save_teacher
 
 # --- the generator
 
 
-class Generator(Denoiser):
-    """D preconditioned as in consistency models: the identity at sigma_min."""
-    sigma_min = 0.002
-
-    def coefficients(self, sigma):
-        total = (sigma**2 + self.sigma_data**2).sqrt()
-        above = sigma - self.sigma_min
-        c_skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
-        return c_skip, above * self.sigma_data / total, 1 / total
-
-
 def is_frozen(name, level):
-    """Whether --freeze `level` fixes a parameter: these layers, inside residual blocks."""
+    """Whether --freeze `level` fixes a parameter: these layers, inside residual blocks.
+
+    With "conv" it fixes, for example, enc.32x32_block0.conv1.weight, enc.16x16_down.conv0.bias
+    and dec.8x8_in0.proj.weight, and trains enc.32x32_conv.weight, which is in no block, and
+    enc.32x32_block0.norm0.weight, enc.16x16_block0.qkv.weight, dec.8x8_block0.skip.weight.
+    """
     layers = level.replace("+", "|") + "|proj"
     inside = re.search(rf"_(block|up|down|in)\d*\.({layers})", our_name(name))
     return level != "none" and inside is not None
 
 
 def make_generator(teacher, freeze="none"):
-    """A copy of the teacher, EDM's as a Generator; in eval mode: no dropout."""
-    generator = copy.deepcopy(teacher)
-    if type(teacher) is Denoiser:
-        generator = Generator(generator.net, teacher.sigma_data)
-    for name, parameter in generator.eval().named_parameters():
+    """A copy of the teacher, of which --freeze fixes a part; in eval mode: no dropout."""
+    generator = copy.deepcopy(teacher).eval()
+    for name, parameter in generator.named_parameters():
         parameter.requires_grad_(not is_frozen(name, freeze))
     return generator
 
 
 def one_step(generator, sigma_max):
-    """The sampler: unit Gaussian noise (B, C, H, W), labels (B,) -> G(noise)."""
+    """The sampler: unit Gaussian noise (B, C, H, W), labels (B,) -> G(noise) in one evaluation."""
     return lambda noise, labels: generator(sigma_max * noise, sigma_max, labels)
 
 
-# --- losses; real, fake: logits [(B, n_k)] of x0, G(z)
+# --- losses; real and fake: the logits [disc_1, ..., disc_K], each (B, n_k), of x0 and of G(z)
 
 
 def generator_loss(fake):
@@ -99,7 +99,7 @@ def discriminator_loss(real, fake):
 
 
 def r1_penalty(disc, x0, labels=None, gamma=1e-4):
-    """gamma/2 E |d/dx0 sum_k disc_k(x0)|^2: R1, Mescheder et al. 2018."""
+    """gamma/2 E |d/dx0 sum_k disc_k(x0)|^2: R1, Mescheder et al. 2018, arXiv:1801.04406."""
     x0 = x0.detach().requires_grad_(True)  # (B, C, H, W)
     total = sum(logits.sum() for logits in disc(x0, labels))
     gradient, = torch.autograd.grad(total, x0, create_graph=True)
@@ -110,24 +110,30 @@ def r1_penalty(disc, x0, labels=None, gamma=1e-4):
 
 
 class Projection(nn.Module):
-    """A fixed random mixing of feature maps over channels, then over scales."""
+    """A fixed random mixing of feature maps: over their channels, then over scales.
+
+    From coarse to fine, mixed_i = channel_i map_i + enlarged(scale_i mixed_(i+1)). The random
+    matrices have variance 1 / fan-in: mixed maps are about as large as the maps.
+    """
 
     def __init__(self, channels, width):
         super().__init__()
-        for i, c in enumerate(channels):
-            w = width * 2**i
-            self.register_buffer(f"channel{i}", torch.randn(w, c, 1, 1) / c**0.5)
+        widths = [width * 2**i for i in range(len(channels))]
+        self.channel = nn.ParameterList()
+        self.scale = nn.ParameterList()  # one less: nothing is added to the coarsest map
+        for i, (c, w) in enumerate(zip(channels, widths)):
+            self.channel.append(torch.randn(w, c, 1, 1) / c**0.5)
             if i:
-                self.register_buffer(f"scale{i}", torch.randn(w // 2, w, 3, 3) / (9 * w) ** 0.5)
+                self.scale.append(torch.randn(w // 2, w, 3, 3) / (9 * w) ** 0.5)
+        self.requires_grad_(False)
 
     def forward(self, maps):
         """[(B, channels[i], h_i, w_i)], finest first -> [(B, width 2^i, h_i, w_i)]."""
-        mixed = []
-        for i in reversed(range(len(maps))):  # from coarse to fine
-            x = F.conv2d(maps[i], getattr(self, f"channel{i}"))
-            if mixed:
-                coarser = F.conv2d(mixed[0], getattr(self, f"scale{i + 1}"), padding=1)
-                x = x + F.interpolate(coarser, size=x.shape[-2:], mode="bilinear")
+        mixed = [F.conv2d(maps[-1], self.channel[-1])]
+        for i in reversed(range(len(maps) - 1)):
+            x = F.conv2d(maps[i], self.channel[i])
+            coarser = F.conv2d(mixed[0], self.scale[i], padding=1)
+            x = x + F.interpolate(coarser, size=x.shape[-2:], mode="bilinear")
             mixed.insert(0, x)
         return mixed
 
@@ -199,43 +205,54 @@ def feature_networks(config, device):
 @dataclass
 class Config(DistillationOptions):
     freeze: str = option(
-        "conv", "layers of residual blocks that stay the teacher's (official: conv); none: GDD",
+        "conv", "layers of residual blocks that stay the teacher's: conv is GDD-I, none is GDD "
+        "(official: train.sh runs both)",
         choices=("none", "conv", "conv+qkv", "conv+qkv+skip"),
     )
     features: str | None = option(
-        None, "the discriminator's frozen networks", choices=("classifier", "imagenet", "lite0")
+        None, "frozen networks of the discriminator: the data set's classifier; EfficientNet-Lite0 "
+        "of ImageNet; imagenet: VGG16 as well (official)",
+        choices=("classifier", "lite0", "imagenet"),
     )
-    width: int | None = option(None, "projected channels, finest scale (official: 64)", low=1)
+    width: int | None = option(
+        None, "channels of the finest map after its random mixing (official: 64)", low=1
+    )
     images: int | None = option(None, "real images seen in training")
     batch_size: int | None = option(None, "images per step, over all ranks", low=1)
-    lr: float | None = option(None, "Adam's rate of the generator", above=0)
-    lr_d: float | None = option(None, "Adam's rate of the discriminator", above=0)
-    r1_gamma: float = option(1e-4, "gamma of R1, 0: no penalty (official)", low=0)
-    r1_every: int = option(16, "steps from one penalty to the next (official)", low=1)
+    lr: float | None = option(None, "Adam's learning rate of the generator", above=0)
+    lr_d: float | None = option(None, "Adam's learning rate of the discriminator", above=0)
+    r1_gamma: float | None = option(
+        None, "gamma of R1; 0: no penalty (official: 1e-4, of losses that are larger)", low=0
+    )
+    r1_every: int = option(16, "steps from one penalty to the next (official: 16)", low=1)
     ema_images: float | None = option(
-        None, "EMA's half-life in images, at most 0.05 of those seen", above=0
+        None, "half-life of the generator's EMA in images, at most 0.05 of those seen", above=0
     )
     recall: bool = option(True, "precision and recall")
-    nfe: tuple[int, ...] = option((1, 5, 10), "evaluations of the teacher's DDIM", low=1)
+    nfe: tuple[int, ...] = option(
+        (1, 2, 4, 8), "network evaluations of the teacher's samplers to compare with", low=1
+    )
 
     def __post_init__(self):
         complete(self, PRESETS, SMOKE)
-        at_least = f"must be at least one batch, {self.batch_size}"
-        require(self.images >= self.batch_size, "images", self.images, at_least)
+        message = f"must be at least one batch, {self.batch_size}"
+        require(self.images >= self.batch_size, "images", self.images, message)
 
 
-# Official: train.sh, training_loop.py; eval_n: the usual FID. Small data: chosen here.
+# Official: train.sh, training_loop.py, and gamma by difference 1; eval_n: the usual number of
+# images for a FID. Small data: chosen here.
 _CIFAR10 = dict(
     features="imagenet", width=64, images=5_000_000, batch_size=256, lr=1e-4, lr_d=1e-4,
-    ema_images=5e5, eval_n=50_000, eval_batch=256,
+    r1_gamma=1e-4 / 16, ema_images=5e5, eval_n=50_000, eval_batch=256,
 )
-_SMALL = dict(_CIFAR10, features="classifier", width=32, lr=3e-4, lr_d=2e-3)
+_SMALL = dict(_CIFAR10, features="classifier", width=32, lr=3e-4, lr_d=2e-3, r1_gamma=1e-4)
 PRESETS = {
     "digits": dict(_SMALL, images=160_000, batch_size=128, eval_n=2048, eval_batch=128),
     "mnist": dict(_SMALL, images=60_000, batch_size=64, eval_n=1024, eval_batch=32),
     "cifar10": _CIFAR10,
     "imagenet64": dict(
-        _CIFAR10, images=10_000_000, batch_size=512, lr=8e-6, lr_d=4e-5, ema_images=5e7
+        _CIFAR10, images=10_000_000, batch_size=512, lr=8e-6, lr_d=4e-5, r1_gamma=1e-4 / 32,
+        ema_images=5e7,
     ),
     "folder": dict(_SMALL, images=20_000, batch_size=32, eval_n=500, eval_batch=50),
     "folder-gpu": dict(_CIFAR10, images=10_000_000, lr=2e-5, lr_d=4e-5, eval_n=10_000),
@@ -260,7 +277,7 @@ def train(config, run=None, teacher=None, networks=None, stream=None):
     disc = disc.to(run.device, memory_format=torch.channels_last)
     run.prepare(generator.net)
 
-    # StyleGAN2's correction for the steps of R1
+    # R1 is a step of its own at every 16th: StyleGAN2's correction for these (arXiv:1912.04958)
     c = config.r1_every / (config.r1_every + bool(config.r1_gamma))
     trained = [p for p in generator.parameters() if p.requires_grad]
     heads = disc.heads.parameters()
@@ -269,28 +286,29 @@ def train(config, run=None, teacher=None, networks=None, stream=None):
     stream = stream or Stream(data, config.batch_size, config.seed)
     sample = one_step(generator, config.sigma_max)
     loss_r1 = partial(r1_penalty, disc, gamma=config.r1_gamma * config.r1_every)
-    fakes = []  # G(z), in parts
 
     def loss_g(noise, labels):
-        fake = sample(noise, labels)  # (B, C, H, W)
-        fakes.append(fake.detach())
-        return generator_loss(disc(fake, labels))
+        return generator_loss(disc(sample(noise, labels), labels))
 
-    def loss_d(x0, fake, labels):
+    def loss_d(x0, noise, labels):
+        with torch.no_grad():
+            fake = sample(noise, labels)  # (B, C, H, W)
         return discriminator_loss(disc(x0, labels), disc(fake, labels))
 
-    def update(optimizer, loss_fn, *batch, **precision):
-        """One Adam step. In train mode spectral norm iterates: in the first part of a batch."""
+    def gradients(optimizer, loss_fn, *batch, **precision):
+        """The loss of a batch and its gradients.
 
-        def part_loss(*part):
-            loss = loss_fn(*part)
+        In train mode each pass through a spectral norm is a step of its power iteration. Only
+        the first micro-batch takes it, so that how a batch is divided changes nothing.
+        """
+
+        def micro_batch_loss(*micro_batch):
+            loss = loss_fn(*micro_batch)
             disc.heads.eval()
             return loss
 
         disc.heads.train()
-        loss = run.backward(optimizer, part_loss, *batch, **precision)
-        optimizer.step()
-        return loss
+        return run.backward(optimizer, micro_batch_loss, *batch, **precision)
 
     run.resume(
         generator=generator, ema=ema, discriminator=disc, optimizer_g=optimizer_g,
@@ -298,39 +316,57 @@ def train(config, run=None, teacher=None, networks=None, stream=None):
     )
     for step in run.steps(config.images // config.batch_size):
         x0, labels = stream.next()  # (B, C, H, W), (B,): fakes' labels too
-        noise = run.randn(config.batch_size, *shape)
-        run.loss = {
-            "generator": update(optimizer_g, loss_g, noise, labels),
-            "discriminator": update(optimizer_d, loss_d, x0, torch.cat(fakes), labels),
-        }
-        fakes.clear()
+        noise_g, noise_d = (run.randn(config.batch_size, *shape) for _ in range(2))
+        run.loss = {"generator": gradients(optimizer_g, loss_g, noise_g, labels)}
+        optimizer_g.step()
+        run.loss["discriminator"] = gradients(optimizer_d, loss_d, x0, noise_d, labels)
+        optimizer_d.step()
         if config.r1_gamma and step and step % config.r1_every == 0:
             # in float32: a second derivative
-            run.loss["R1"] = update(optimizer_d, loss_r1, x0, labels, mixed_precision=False)
+            run.loss["R1"] = gradients(optimizer_d, loss_r1, x0, labels, mixed_precision=False)
+            optimizer_d.step()
         seen = step * config.batch_size
         ema_update(ema, generator, ema_decay(seen, config.batch_size, config.ema_images))
     return ema
+
+
+# --- evaluation
+
+
+def make_samplers(config, teacher, generator):
+    """{(name, NFE): sampler(noise, labels) -> x0}: the teacher's, and the generator's one step."""
+
+    def sampler(solver, sigmas):
+        def sample(noise, labels):
+            return solver(with_labels(teacher, labels), sigmas[0].item() * noise, sigmas)
+
+        return sample
+
+    samplers = {}
+    for nfe in config.nfe:
+        cosine = sigma_grid("cosine", nfe, sigma_max=config.sigma_max)
+        samplers["ddim", nfe] = sampler(euler, cosine)
+        name, best = untrained_sampler(teacher, config.dataset, nfe, sigma_max=config.sigma_max)
+        samplers[name, nfe] = best
+    name = "gdd" if config.freeze == "none" else "gdd-i"
+    samplers[name, 1] = one_step(generator, config.sigma_max)
+    n = 1 if config.smoke else 17  # steps of two evaluations, then one of one evaluation to 0
+    edm = F.pad(sigma_grid("edm", n, sigma_max=config.sigma_max), (0, 1))
+    samplers["teacher", 2 * n + 1] = sampler(heun, edm)
+    return samplers
 
 
 def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("distributional", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    networks = feature_networks(config, run.device)  # may be missing: first
+    networks = feature_networks(config, run.device)  # missing weights fail before training
     evaluator = make_evaluator(config, run.device, unseen=True)
     generator = train(config, run, teacher, networks)
-    if teacher.arch == "diffusers" and run.rank == 0:
-        generator.save(run.out / "generator")
-
-    def sample(solver, sigmas, noise, labels):
-        return solver(with_labels(teacher, labels), config.sigma_max * noise, sigmas)
-
-    grid = partial(sigma_grid, "edm", sigma_max=config.sigma_max)
-    name = "gdd" if config.freeze == "none" else "gdd-i"
-    samplers = {("ddim", nfe): partial(sample, euler, grid(nfe)) for nfe in config.nfe}
-    samplers[name, 1] = one_step(generator, config.sigma_max)
-    n = 1 if config.smoke else 17  # steps, then one to 0
-    samplers["teacher", 2 * n + 1] = partial(sample, heun, F.pad(grid(n), (0, 1)))
+    if run.rank == 0:
+        path = run.out / "generator.safetensors"
+        save_teacher(path, generator, teacher.arch, teacher.kwargs, config.dataset)
+    samplers = make_samplers(config, teacher, generator)
     rows, pictures = measure(run, samplers, teacher.net, evaluator)
     save_rows(run.out / "samples.png", pictures)
     curves = {side: run.logged(side) for side in ("generator", "discriminator")}

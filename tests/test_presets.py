@@ -41,7 +41,7 @@ CUD = dict(
     tn=16, adaptive_weight=False, distill_steps=40_000,
 )
 GDD = dict(
-    r1_gamma=1e-4, r1_every=16, freeze="conv", sigma_max=80.0, features="imagenet", width=64
+    r1_every=16, freeze="conv", sigma_max=80.0, features="imagenet", width=64
 )
 LD3 = dict(
     solver="unipc", order=3, train_n=50, valid_n=50, batch_size=2, steps=7 * 25,
@@ -74,10 +74,12 @@ PUBLISHED = {
     ("dode", "imagenet64"): DODE,
     # 5b
     ("distributional", "cifar10"): dict(
-        GDD, batch_size=256, lr=1e-4, lr_d=1e-4, images=5_000_000, ema_images=5e5
+        GDD, batch_size=256, lr=1e-4, lr_d=1e-4, images=5_000_000, ema_images=5e5,
+        r1_gamma=1e-4 / 16,  # "Scale" of 5a: their losses are sums over 64 images a GPU
     ),
     ("distributional", "imagenet64"): dict(
-        GDD, batch_size=512, lr=8e-6, lr_d=4e-5, images=10_000_000, ema_images=5e7
+        GDD, batch_size=512, lr=8e-6, lr_d=4e-5, images=10_000_000, ema_images=5e7,
+        r1_gamma=1e-4 / 32,
     ),
     # 6b: the settings of its pixel models; its only ImageNet run is in a latent space.
     ("ld3", "cifar10"): LD3,
