@@ -1,32 +1,32 @@
 """GDD, GDD-I: Diffusion Models Are Innate One-Step Generators (Zheng & Yang, arXiv:2405.20750).
 
 Idea: one step of a diffusion model from its highest noise level gives blurred images. GDD
-sharpens them by the loss of a GAN, which compares distributions and never an image with an
-image of the teacher's: the teacher gives the first weights and is not run again. GDD-I freezes
-the convolutions: the remaining 15 % of the weights are enough to make a generator of it.
+sharpens them by the loss of a GAN, which compares distributions, and no image with one of
+the teacher: that gives the first weights and is not run again. GDD-I freezes the
+convolutions: the other 15 % of the weights suffice to make a generator of a denoiser.
 
-Loss (official: training/loss.py:238-313). z ~ N(0, I), x0 a real image, F(x, sigma) the denoiser
-that is trained, disc_k(x) the logits of the discriminator's head k:
+Loss (official: training/loss.py:238-313). z ~ N(0, I), x0 a real image, F(x, sigma) the
+denoiser that is trained, disc_k(x) the logits of the discriminator's head k:
     G(z) = F(sigma_max z, sigma_max)
     L_G = sum_k E softplus(-disc_k(G(z)))
     L_D = sum_k E softplus(-disc_k(x0)) + E softplus(disc_k(G(z)))
     R1  = gamma/2 E |d/dx0 sum_k disc_k(x0)|^2, 16 times at every 16th step
-The heads see feature maps of frozen networks, mixed at random (Projected GAN, arXiv:2111.01007).
+The heads see maps of frozen networks, mixed at random (Projected GAN, arXiv:2111.01007).
 
 Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):
- 1. L_G, L_D: sums over heads of means (theirs: `logits += tensor` makes them sums over images,
-    with 64 a GPU 16 times as large, and R1 not). So gamma = 1e-4 / 16 here is their 1e-4.
- 2. Frozen networks: VGG16's maps after each pooling (theirs: before it, twice as large; DeiT in
-    its place but for CIFAR-10); on small data a classifier of a seed that no FID uses.
- 3. Mixing of scales: 3x3 convolutions of the coarser map, without biases, which keep the maps'
-    size (theirs: 1x1, PyTorch's first weights, at the coarsest map too; then all are doubled).
- 4. Heads: of one width, spectral norm alone, up to 4x4 logits (theirs: widening to 512, batch
-    norm too, 16 logits); a logit for each class (theirs: a pretrained embedding of classes).
- 5. F keeps EDM's preconditioning (theirs: consistency models'; 5e-5 apart at sigma_max = 80).
+ 1. L_G, L_D are sums over heads of means (theirs: by `logits += tensor` sums over images,
+    with 64 a GPU 16 times as large; R1 is not). Their gamma of 1e-4 is 1e-4 / 16 here.
+ 2. Frozen networks: VGG16's maps after its poolings (theirs: before, twice as large; DeiT
+    instead, except on CIFAR-10); small data: a classifier of a seed that no FID uses.
+ 3. Mixing of scales: 3x3 convolutions of the coarser map, scaled to keep its size (theirs:
+    1x1, PyTorch's first weights and biases, at the coarsest map too, then all doubled).
+ 4. Heads: one width, spectral norm alone, 9 to 16 logits (theirs: widening to 512, batch
+    norm too, 16); a logit for each class (theirs: a pretrained embedding of classes).
+ 5. F has EDM's preconditioning (theirs: consistency models'; at sigma_max within 6e-5).
  6. bfloat16 on GPUs for G and disc, not for R1 (theirs: for G alone).
- 7. Checkpoints hold disc and both optimizers (theirs: neither disc nor its optimizer).
+ 7. Checkpoints hold disc and both optimizers (theirs: nothing of the discriminator).
  8. A gradient that is not finite stops the run (theirs: replaced by 0 or +-1e5).
- 9. Not here: hinge loss, instance-level losses (--teacher-type), generators of several steps.
+ 9. Not here: hinge loss, instance-level losses, generators of several steps.
 Digits: RESULTS.md, beside the best that needs no training.
     python distributional.py                # digits, GDD-I: 6 min on one CPU core
     python distributional.py --freeze none  # GDD: all is trained
@@ -80,11 +80,11 @@ def make_generator(teacher, freeze="none"):
 
 
 def one_step(generator, sigma_max):
-    """The sampler: unit Gaussian noise (B, C, H, W), labels (B,) -> G(noise) in one evaluation."""
+    """The sampler: unit Gaussian noise (B, C, H, W), labels (B,) -> G(noise), one evaluation."""
     return lambda noise, labels: generator(sigma_max * noise, sigma_max, labels)
 
 
-# --- losses; real and fake: the logits [disc_1, ..., disc_K], each (B, n_k), of x0 and of G(z)
+# --- losses; real, fake: the logits [disc_1, ..., disc_K], each (B, n_k), of x0 and of G(z)
 
 
 def generator_loss(fake):
@@ -210,8 +210,8 @@ class Config(DistillationOptions):
         choices=("none", "conv", "conv+qkv", "conv+qkv+skip"),
     )
     features: str | None = option(
-        None, "frozen networks of the discriminator: the data set's classifier; EfficientNet-Lite0 "
-        "of ImageNet; imagenet: VGG16 as well (official)",
+        None, "frozen networks of the discriminator: the data set's classifier; "
+        "EfficientNet-Lite0 of ImageNet; imagenet: VGG16 as well (official)",
         choices=("classifier", "lite0", "imagenet"),
     )
     width: int | None = option(
@@ -277,7 +277,7 @@ def train(config, run=None, teacher=None, networks=None, stream=None):
     disc = disc.to(run.device, memory_format=torch.channels_last)
     run.prepare(generator.net)
 
-    # R1 is a step of its own at every 16th: StyleGAN2's correction for these (arXiv:1912.04958)
+    # R1 has optimizer steps of its own: StyleGAN2's correction for these (arXiv:1912.04958)
     c = config.r1_every / (config.r1_every + bool(config.r1_gamma))
     trained = [p for p in generator.parameters() if p.requires_grad]
     heads = disc.heads.parameters()
@@ -334,7 +334,7 @@ def train(config, run=None, teacher=None, networks=None, stream=None):
 
 
 def make_samplers(config, teacher, generator):
-    """{(name, NFE): sampler(noise, labels) -> x0}: the teacher's, and the generator's one step."""
+    """{(name, NFE): sampler(noise, labels) -> x0}: of the teacher, and the generator's step."""
 
     def sampler(solver, sigmas):
         def sample(noise, labels):
@@ -364,6 +364,7 @@ def main():
     evaluator = make_evaluator(config, run.device, unseen=True)
     generator = train(config, run, teacher, networks)
     if run.rank == 0:
+        generator.one_step_sigma = config.sigma_max  # refused at any other noise level
         path = run.out / "generator.safetensors"
         save_teacher(path, generator, teacher.arch, teacher.kwargs, config.dataset)
     samplers = make_samplers(config, teacher, generator)

@@ -167,7 +167,7 @@ def training_cost(metrics, row, runs):
             cost += 16 * c["distill_n"] + 3 * c["distill_steps"] * c["batch_size"] * 4
         return cost
     if method == "distributional":
-        return 3 * (c["images"] // c["batch_size"]) * c["batch_size"]
+        return 4 * (c["images"] // c["batch_size"]) * c["batch_size"]  # with the fakes of L_D
     cost, first = 0, c["from_steps"]
     if c.get("pd"):  # the part of progressive.py's run that comes before
         first = c["cfd_from"]

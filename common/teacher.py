@@ -12,6 +12,7 @@ Loss (Eq. 2, Table 1), sigma and x0 of the data range [-1, 1], log sigma ~ N(-1.
 Not EDM's: the learning rate falls linearly to 0 (theirs is constant), no augmentation.
 """
 import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def save_teacher(path, denoiser, arch, kwargs, dataset, half=False):
     """Write what `load_teacher` reads, in safetensors: weights (`half`: fp16), how to build it.
 
     A student of the same shape as its teacher is written with `teacher.arch, teacher.kwargs`; a
-    model of diffusers into a folder, of that name without its suffix.
+    model of diffusers into a folder, of that name without its suffix. Where the denoiser has
+    `one_step_sigma`, the file says that it was trained at that noise level alone.
     """
     if arch == "diffusers":
         return denoiser.save(path)
@@ -63,6 +65,8 @@ def save_teacher(path, denoiser, arch, kwargs, dataset, half=False):
     about = {"arch": arch, "kwargs": kwargs, "sigma_data": denoiser.sigma_data}
     if isinstance(denoiser, FlowDenoiser):
         about["flow"] = {"phi": denoiser.phi}
+    if hasattr(denoiser, "one_step_sigma"):
+        about["one_step_sigma"] = denoiser.one_step_sigma
     save_weights(path, "teacher", weights, **about, dataset=dataset)
 
 
@@ -81,7 +85,7 @@ def read_teacher(path):
 def _check(state, path):
     """UsageError unless {"arch", "kwargs", "sigma_data", "weights"} fit, by name, shape, value.
 
-    A flow has {"flow": {"phi": a share or None}} as well.
+    A flow has {"flow": {"phi": a share or None}} as well, a generator {"one_step_sigma": sigma}.
     """
     try:
         if type(state.get("arch")) is not str or state["arch"] not in ARCHS:
@@ -89,6 +93,9 @@ def _check(state, path):
         phi = state["flow"]["phi"] if "flow" in state else None
         if phi is not None and not (type(phi) in (int, float) and 0 <= phi <= 1):
             raise ValueError("its phi is not a number from 0 to 1")
+        sigma = state.get("one_step_sigma", 1.0)
+        if not (type(sigma) in (int, float) and 0 < sigma < math.inf):
+            raise ValueError("its one_step_sigma is no noise level")
         check_network(lambda **kwargs: Denoiser(ARCHS[state["arch"]](**kwargs)), state)
     except Exception as error:  # a foreign or damaged file claims anything
         raise UsageError(f"--teacher {path}: not a usable teacher, {one_line(error)}") from None
@@ -104,7 +111,23 @@ def _build(state, path):
         denoiser = Denoiser(net, state["sigma_data"])
     denoiser.load_state_dict(state["weights"])
     denoiser.arch, denoiser.kwargs = state["arch"], state["kwargs"]
+    if "one_step_sigma" in state:
+        denoiser.one_step_sigma = state["one_step_sigma"]
+        denoiser.register_forward_pre_hook(_at_its_own_level)
     return denoiser
+
+
+def _at_its_own_level(generator, inputs):
+    """UsageError where a one-step generator is evaluated at another sigma than it was trained at.
+
+    It is no denoiser there, and the images of a sampler of several steps would be meaningless.
+    """
+    for sigma in torch.as_tensor(inputs[1]).flatten().tolist():
+        if not math.isclose(sigma, generator.one_step_sigma, rel_tol=1e-5):
+            raise UsageError(
+                f"--teacher: a one-step generator, trained at sigma = {generator.one_step_sigma:g} "
+                f"alone, was evaluated at sigma = {sigma:.3g}; give a diffusion model"
+            )
 
 
 def load_student(path, student, kind="teacher"):
@@ -174,6 +197,8 @@ def check_classes(config, teacher, data):
     classes = teacher.net.label_dim
     wrong = f"has {classes} classes, the data {data.num_classes}"
     require(classes in (0, data.num_classes), "teacher", config.teacher, wrong)
+    generator = hasattr(teacher, "one_step_sigma")
+    require(not generator, "teacher", config.teacher, "is a one-step generator, not a teacher")
 
 
 # --------------------------------------------------------------------------------------- training

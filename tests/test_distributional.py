@@ -861,6 +861,22 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys, freeze, name
     assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == modified
 
 
+def test_the_generators_file_is_loaded_and_refused_at_other_noise_levels(monkeypatch, tmp_path):
+    run_main(monkeypatch, "--smoke", "--nfe", 1, "--out", tmp_path, "--device", "cpu")
+    path = tmp_path / "generator.safetensors"
+    generator = load_teacher(str(path), "digits", "cpu")
+    noise = noise_from_seeds(range(2), (1, 8, 8))
+    weights = load_checkpoint(tmp_path / "checkpoint.pt")["parts"]["ema"]
+    assert all(torch.equal(weights[k], v) for k, v in generator.state_dict().items())
+    with torch.no_grad():
+        x0 = gdd.one_step(copy.deepcopy(generator), 80.0)(noise, None)
+        torch.testing.assert_close(generator(80 * noise, torch.full((2,), 80.0)), x0)
+        with pytest.raises(UsageError, match="^--teacher: a one-step generator.*80 alone"):
+            euler(generator, 80 * noise, sigma_grid("cosine", 2))
+    arguments = ["--teacher", path, "--smoke", "--device", "cpu"]
+    assert_refused(gdd, monkeypatch, tmp_path, arguments, ["--teacher", "one-step generator"])
+
+
 @pytest.mark.parametrize(
     "arguments, names",
     [
