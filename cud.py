@@ -17,6 +17,7 @@ squares over batch and pixels, with their places in the official code:
 RK12 has one head (output of the network), RK23 two, RK34 three. Head i learns the velocity
 at time t - i h in z - i h K, with K the slope of one Runge-Kutta step of length h: one
 slope stretched over i steps, first-order accurate for i > 1. (a), (b): sums over the heads.
+Samples are made with the last head (as official, --generator 2, 3); --head takes another.
 Prior ShakeDrop (--shakedrop): where the decoder joins its features with the encoder's
 skips, they are multiplied by 2 s and 2 (1 - s); s = phi + t (1 - 2 phi) is its share.
 
@@ -176,21 +177,21 @@ def sample(velocity, noise, nfe=1, solver="euler", grid="even", head=1, **option
 
 @dataclass
 class Config(NetworkOptions):
-    rk: str = option("12", "Runge-Kutta scheme: 1, 2, 3 heads", choices=("12", "23", "34"))
-    head: int | None = option(None, "head that is sampled (default: the last)", low=1)
+    rk: str = option("12", "Runge-Kutta with 1, 2, 3 heads", choices=("12", "23", "34"))
+    head: int | None = option(None, "head that is sampled (default, official: the last)", low=1)
     tn: int | None = option(None, "largest step h: 1 / TN (official: 16)", low=3)
-    adaptive_weight: bool | None = option(None, "weights: catch-up 0 to 2, flow 2 to 0")
+    adaptive_weight: bool | None = option(None, "catch-up loss weighs 0 to 2, flow loss 2 to 0")
     independent: bool | None = option(None, "no encoder: z1 is noise (official)")
     kl_weight: float = option(20.0, "weight of the encoder's KL (official: 20)", low=0)
     encoder_channels: int | None = option(None, "width of the encoder", above=0)
-    shakedrop: bool | None = option(None, "weigh the decoder against skips (official)")
+    shakedrop: bool | None = option(None, "weigh decoder against encoder by t (official)")
     phi: float | None = option(None, "ShakeDrop: the decoder's share at t = 0", low=0, high=1)
-    baseline: bool = option(False, "also rectified flow: equal iterations; equal compute")
-    distill_steps: int | None = option(None, "steps per target of the one-step stage", low=0)
+    baseline: bool = option(False, "also train rectified flow: as many steps; as much compute")
+    distill_steps: int | None = option(None, "one-step stage: steps per target (0: none)", low=0)
     distill_n: int | None = option(None, "noise images of the one-step stage", above=0)
     distill_lr: float | None = option(None, "learning rate of the one-step stage", above=0)
     nfe: tuple[int, ...] = option((1, 2, 4, 8, 16), "network evaluations")
-    sampler: tuple[str, ...] = option(("euler/even",), "SOLVER/GRID, as unipc3/cosine")
+    sampler: tuple[str, ...] = option(("euler/even",), "SOLVER/GRID of each row: unipc3/cosine ...")
 
     def __post_init__(self):
         complete(self, PRESETS, SMOKE)

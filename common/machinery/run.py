@@ -116,7 +116,7 @@ class Run:
     # Options that a continued run may change: where it is, its memory, how results are measured.
     MAY_CHANGE = (
         "out", "export", "resume", "device", "data_dir", "batch_per_gpu", "checkpoint", "compile",
-        "eval_n", "eval_batch", "inception", "reference", "recall", "fd", "save_images",
+        "eval_n", "eval_batch", "inception", "reference", "recall", "sampler", "fd", "save_images",
     )
 
     def __init__(self, method, config, checkpoint_seconds=60):
