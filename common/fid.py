@@ -416,7 +416,8 @@ def make_evaluator(config, device, unseen=False):
     if config.fd:
         for option_name, value in vars(config).items():
             right = f"the loss sees these features by --{option_name.replace('_', '-')} {value}"
-            require(value != "lite0", "fd", "", right)
+            sees = value in ("lite0", "imagenet", "imagenet-lite0")  # of GDD and of CFD
+            require(not sees, "fd", "", right)
         other = imagenet_features(device)
         evaluator.imagenet = Evaluator(other, reference_moments(name, other, data_dir))
     if config.recall:

@@ -485,10 +485,12 @@ def test_fd_is_the_distance_in_imagenets_features(monkeypatch, tmp_path):
     assert row["kid_fd"] != row["kid"] and row["fid_features"] == "digits-classifier"
     plain = row_of(make_evaluator(Options(), "cpu"), x0)
     assert {k: v for k, v in row.items() if "fd" not in k} == plain
-    config = Options(fd=True)
-    config.features = "lite0"
-    with pytest.raises(UsageError, match="--fd .*the loss sees these features"):
-        make_evaluator(config, "cpu")
+    for option, value in (("features", "lite0"), ("features", "imagenet"),
+                          ("classifier", "imagenet-lite0")):
+        config = Options(fd=True)
+        setattr(config, option, value)
+        with pytest.raises(UsageError, match=f"--fd .*the loss sees these features by --{option}"):
+            make_evaluator(config, "cpu")
 
 
 def test_lite0_gives_the_features_before_its_last_layer():
