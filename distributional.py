@@ -20,7 +20,7 @@ Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):
     instead, except on CIFAR-10); small data: a classifier of a seed that no FID uses.
  3. Mixing of scales: 3x3 convolutions of the coarser map, scaled to keep its size (theirs:
     1x1, PyTorch's first weights and biases, at the coarsest map too, then all doubled).
- 4. Heads: one width, spectral norm alone, 9 to 16 logits (theirs: widening to 512, batch
+ 4. Heads: one width, spectral norm alone, 4 to 16 logits (theirs: widening to 512, batch
     norm too, 16); a logit for each class (theirs: a pretrained embedding of classes).
  5. F has EDM's preconditioning (theirs: consistency models'; at sigma_max within 6e-5).
  6. bfloat16 on GPUs for G and disc, not for R1 (theirs: for G alone).
