@@ -32,12 +32,12 @@ QUICK = {
     "distributional": ["--images", "20000"],
 }
 TEACHER = "teacher, Heun"
-BASELINES = ("DDIM, best grid", "DDIM, cosine grid", "UniPC-3, EDM grid")
-SERIES = {  # what is shown: (run, name of its rows, colour)
+BASELINES = ("best without training", "DDIM, best grid", "DDIM, cosine grid")
+SERIES = {  # what is shown: (run, or "" for the first that has it, name of its rows, colour)
     TEACHER: ("progressive", "teacher", COLORS["teacher"]),
+    "best without training": ("", "untrained", "0.4"),  # common.baselines, by FID at each count
     "DDIM, best grid": ("dode", "ddim", "0.75"),
     "DDIM, cosine grid": ("progressive", "ddim", "0.6"),
-    "UniPC-3, EDM grid": ("ld3", "edm", "0.4"),
     "LD3 (UniPC-3)": ("ld3", "ld3", COLORS["ld3"]),
     "D-ODE (DDIM)": ("dode", "d-ddim", COLORS["d-ode"]),
     "PD": ("progressive", "pd", COLORS["pd"]),
@@ -46,6 +46,7 @@ SERIES = {  # what is shown: (run, name of its rows, colour)
     "CUD, one step": ("cud", "cud-1step", COLORS["cud"]),
     "GDD-I": ("distributional", "gdd-i", COLORS["gdd-i"]),
 }
+UNTRAINED = ("teacher", "ddim", "untrained")
 PICTURE = [label for label in SERIES if label not in (TEACHER, "DDIM, best grid", "CUD, one step")]
 BEST = "teacher's best"
 PLACES = {  # without a row of their own: row, column, caption
@@ -131,18 +132,16 @@ def run_all(config):
 
 def collect(runs):
     """[{"label", "nfe", "fid", "cost", "run", ...}], of all series that some run has."""
-    rows = []
+    rows = {}  # (series, NFE) -> the first row of it
     for label, (method, name, _) in SERIES.items():
         for folder, metrics in runs.items():
-            if folder.partition("-")[0] != method:
-                continue
-            for row in metrics["results"]:
-                if row["name"] != name:
-                    continue
-                learned = name not in ("teacher", "ddim", "edm")
-                cost = training_cost(metrics, row, runs) if learned else 0
-                rows.append({**row, "label": label, "run": folder, "cost": cost})
-    return rows
+            of_it = folder.partition("-")[0] == method or not method
+            for row in metrics["results"] if of_it else ():
+                if row["name"].partition(" (")[0] == name:  # "untrained (unipc3, cosine)"
+                    cost = 0 if name in UNTRAINED else training_cost(metrics, row, runs)
+                    found = {**row, "label": label, "run": folder, "cost": cost}
+                    rows.setdefault((label, row["nfe"]), found)
+    return list(rows.values())
 
 
 def training_cost(metrics, row, runs):
@@ -211,12 +210,15 @@ def draw(out, dataset, space, rows):
 
 
 def markdown(rows):
-    """FID by series and count, and what the training cost."""
+    """FID by series and count, and what the training cost; the names of what was not trained."""
     head = ["", *(f"NFE {n}" for n in COUNTS), "network evaluations in training"]
     lines = [head, ["---"] * len(head)]
     for label in dict.fromkeys(row["label"] for row in rows):
         mine = [row for row in rows if row["label"] == label]
-        fids = {row["nfe"]: f"{row['fid']:.3g}" for row in mine}
+        fids = {}
+        for row in mine:
+            _, bracket, solver = row["name"].partition(" (")
+            fids[row["nfe"]] = f"{row['fid']:.3g}{bracket}{solver}"
         if label == TEACHER:
             label += f", {mine[0]['nfe']} evaluations: {mine[0]['fid']:.3g}"
         costs = sorted({row["cost"] for row in mine})

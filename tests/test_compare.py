@@ -91,16 +91,28 @@ def test_the_cost_of_cfd_has_the_part_of_pd_before_it(tmp_path, monkeypatch):
 
 
 ROWS = [
-    {"label": compare.TEACHER, "nfe": 35, "fid": 0.1, "cost": 0},
-    {"label": "PD", "nfe": 8, "fid": 0.3912, "cost": 2_000},
-    {"label": "PD", "nfe": 1, "fid": 1.18, "cost": 1_234_000},
+    {"name": "teacher", "nfe": 35, "fid": 0.1},
+    {"name": "pd", "nfe": 8, "fid": 0.3912},
+    {"name": "pd", "nfe": 1, "fid": 1.18},
+    {"name": "untrained (ddim, cosine)", "nfe": 8, "fid": 0.18},
+    {"name": "edm", "nfe": 8, "fid": 7.0},
 ]
 
 
 def test_the_table():
-    lines = compare.markdown(ROWS).splitlines()
+    """Rows of all runs; what cost nothing with its name, from the first run that measured it."""
+    later = {"results": [{"name": "untrained (heun, edm)", "nfe": n, "fid": 9.0} for n in (2, 8)]}
+    runs = {"ld3-8": {"results": []}, "progressive": {"results": ROWS}, "cfd": later}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "training_cost", lambda metrics, row, runs: 10**6 / row["nfe"])
+        rows = compare.collect(runs)
+    assert {(row["run"], row["cost"]) for row in rows if row["label"] == "PD"} == {
+        ("progressive", 125_000), ("progressive", 10**6)
+    }
+    lines = compare.markdown(rows).splitlines()
     assert lines[2] == "| teacher, Heun, 35 evaluations: 0.1 |  |  |  |  |  |"
-    assert lines[3] == "| PD | 1.18 |  |  | 0.391 | 2 k to 1,234 k |"
+    best = "| best without training |  | 9 (heun, edm) |  | 0.18 (ddim, cosine) |  |"
+    assert lines[3:] == [best, "| PD | 1.18 |  |  | 0.391 | 125 k to 1,000 k |"]
 
 
 def test_cfd_starts_from_progressive_and_what_was_stopped_goes_on(tmp_path, monkeypatch):
