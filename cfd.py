@@ -20,7 +20,8 @@ occur. There is no pixel term and no weight w(sigma).
 Differences from the paper's code (github.com/zju-SWJ/RCFD, commit 14b9a3a):
  1. The classifier sees images normalized as in its training (theirs: always [-1, 1]).
  2. Entropy by log_softmax (theirs: p log p, NaN where a probability underflows).
- 3. PD's noise levels, from 80 to 0 (theirs: a discrete cosine, 20,798 to 0.0063).
+ 3. The teacher is any EDM denoiser, noise levels as in progressive.py, 80 to 0 (theirs
+    predicts x0; a discrete cosine, 20,798 to 0.0063).
  4. f: a small classifier of the data set, or one of ImageNet, images resized without
     aligned corners (theirs: ResNet18, DenseNet201 trained on CIFAR-10, the epoch best on
     test images; or ImageNet's, aligned corners). Their tau, 0.95 and 0.9, were tuned for

@@ -24,7 +24,7 @@ from common.machinery.run import Run
 from common.teacher import load_teacher
 from scripts import assert_refused, calls_under_bfloat16, run_script
 from test_progressive import (  # noqa: F401
-    FILE, KEYS, UNUSUAL, Case, assert_same_students, assert_two_ranks_train_as_one, golden,
+    FILE, KEYS, UNUSUAL, Case, assert_same_students, golden,
     plain_training, student_parameters, tiny, tiny_teacher,
 )
 
@@ -72,12 +72,8 @@ def test_loss_and_gradients_of_the_official_code(key, j, official):
     """Their alpha and beta are the paper's beta and gamma."""
     case, parameters = Case(key), student_parameters()
     loss = cfd.cfd_loss(
-        golden_classifier,
-        case.student(*parameters),
-        case.target,
-        official["temp"],
-        official["alpha"],
-        official["beta"],
+        golden_classifier, case.student(*parameters), case.target, official["temp"],
+        official["alpha"], official["beta"],
     )
     loss.backward()
     torch.testing.assert_close(loss.detach(), golden(f"{key}/rcfd{j}_loss"), rtol=1e-9, atol=1e-12)
@@ -174,16 +170,8 @@ def test_a_classifier_of_imagenet_and_where_it_cannot_be_had(monkeypatch):
 def tiny_config(tiny, out, **more):  # noqa: F811
     return cfd.Config(
         **{
-            "teacher": tiny,
-            "from_steps": 4,
-            "cfd_from": 2,
-            "updates": 3,
-            "batch_size": 8,
-            "lr": 1e-3,
-            "eval_n": 32,
-            "out": str(out),
-            "device": "cpu",
-            **more,
+            "teacher": tiny, "from_steps": 4, "cfd_from": 2, "updates": 3, "batch_size": 8,
+            "lr": 1e-3, "eval_n": 32, "out": str(out), "device": "cpu", **more,
         }
     )
 
@@ -255,53 +243,11 @@ def test_diversity_is_not_cut_into_micro_batches(tiny, tmp_path):  # noqa: F811
         cfd.train(config)
 
 
-def test_pd_first_then_features(tiny, tmp_path, monkeypatch):  # noqa: F811
-    used = []
-    for name in ("pd_loss", "cfd_loss"):
-        original = getattr(cfd, name)
-        monkeypatch.setattr(
-            cfd, name, lambda *a, name=name, original=original: used.append(name) or original(*a)
-        )
-    cfd.train(tiny_config(tiny, tmp_path))
-    assert (
-        used == ["pd_loss"] * 6 + ["cfd_loss"] * 6
-    )  # students of 2 steps and of 1, six updates each
-
-
 def test_losses_are_float32_where_others_use_bfloat16(tiny, tmp_path, monkeypatch):  # noqa: F811
     """test_progressive.py shows why."""
     seen = calls_under_bfloat16(monkeypatch, cfd, "pd_loss", "cfd_loss")
     cfd.train(tiny_config(tiny, tmp_path, updates=1))
     assert seen == [False] * 4
-
-
-def test_rates_fall_along_a_cosine_and_every_stage_starts_from_the_one_before(
-    tiny, tmp_path, monkeypatch  # noqa: F811
-):
-    rates, ages, step = [], [], torch.optim.Adam.step
-
-    def spy(self, *arguments):
-        rates.append(self.param_groups[0]["lr"])
-        ages.append(max([int(s["step"]) for s in self.state.values()], default=0))
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    teachers, original = [], cfd.two_step_target
-
-    def keep(teacher, *arguments):
-        weights = teacher.func.state_dict()  # teacher: with the labels
-        teachers.append({k: v.clone() for k, v in weights.items()})
-        return original(teacher, *arguments)
-
-    monkeypatch.setattr(cfd, "two_step_target", keep)
-    cfd.train(tiny_config(tiny, tmp_path, lr=2.0, updates=2))
-    expected = [1 + math.cos(math.pi * k / 4) for k in range(4)]
-    torch.testing.assert_close(rates, expected * 2)
-    assert ages == [0, 1, 2, 3] * 2
-    two = stage_weights(tmp_path, 2)
-    first = load_teacher(tiny, "digits", torch.device("cpu")).state_dict()
-    assert all(torch.equal(seen[k], first[k]) for seen in teachers[:4] for k in first)
-    assert all(torch.equal(seen[k], two[k]) for seen in teachers[4:] for k in two)
 
 
 def test_the_teacher_sees_data_with_noise_of_its_level(tiny, tmp_path, monkeypatch):  # noqa: F811
@@ -322,12 +268,7 @@ def test_the_teacher_sees_data_with_noise_of_its_level(tiny, tmp_path, monkeypat
 
 def test_it_goes_on_from_a_run_of_progressive(tiny, tmp_path, monkeypatch):  # noqa: F811
     pd = progressive.Config(
-        teacher=tiny,
-        from_steps=4,
-        updates=3,
-        batch_size=8,
-        eval_n=32,
-        out=str(tmp_path / "pd"),
+        teacher=tiny, from_steps=4, updates=3, batch_size=8, eval_n=32, out=str(tmp_path / "pd"),
         device="cpu",
     )
     progressive.train(pd)
@@ -395,46 +336,24 @@ def test_smoke_leaves_everything_behind(monkeypatch, tmp_path):
         for r in metrics["results"]
     )
     assert {p.name for p in tmp_path.iterdir()} == {
-        "metrics.json",
-        "samples.png",
-        "samples.npz",
-        "errors.npz",
-        "fid.png",
-        "log.jsonl",
-        "checkpoint.pt",
-        "student-2.safetensors",
-        "student-1.safetensors",
+        "metrics.json", "samples.png", "samples.npz", "errors.npz", "fid.png", "log.jsonl",
+        "checkpoint.pt", "student-2.safetensors", "student-1.safetensors",
     }
 
 
 def test_with_pd_both_are_measured(monkeypatch, tmp_path, tiny):  # noqa: F811
     pd = progressive.Config(
-        teacher=tiny,
-        from_steps=4,
-        updates=2,
-        batch_size=8,
-        eval_n=32,
-        out=str(tmp_path / "pd"),
+        teacher=tiny, from_steps=4, updates=2, batch_size=8, eval_n=32, out=str(tmp_path / "pd"),
         device="cpu",
     )
     progressive.train(pd)
     run_main(
-        monkeypatch,
-        "--smoke",
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "cfd",
-        "--teacher",
-        tiny,
-        "--pd",
-        tmp_path / "pd",
+        monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "cfd", "--teacher", tiny,
+        "--pd", tmp_path / "pd",
     )
     rows = json.loads((tmp_path / "cfd" / "metrics.json").read_text())["results"]
     assert [(r["name"], r["nfe"]) for r in rows if r["name"] in ("pd", "cfd")] == [
-        ("pd", 2),
-        ("pd", 1),
-        ("cfd", 1),
+        ("pd", 2), ("pd", 1), ("cfd", 1),
     ]
     fid = {(r["name"], r["nfe"]): r["fid"] for r in rows}
     assert fid["pd", 1] != fid["cfd", 1]
@@ -525,26 +444,14 @@ def test_pd_of_another_kind_is_refused(
     """A network that predicts v, taken for a denoiser, would run without complaint."""
     progressive.train(
         progressive.Config(
-            teacher=tiny,
-            from_steps=4,
-            updates=1,
-            batch_size=4,
-            out=str(tmp_path / "pd"),
-            device="cpu",
-            prediction=prediction,
+            teacher=tiny, from_steps=4, updates=1, batch_size=4, out=str(tmp_path / "pd"),
+            device="cpu", prediction=prediction,
         )
     )
     with pytest.raises(UsageError, match=f"student-2.safetensors.*{said}"):
         run_main(
-            monkeypatch,
-            "--smoke",
-            "--device",
-            "cpu",
-            "--out",
-            tmp_path / "cfd",
-            "--pd",
-            tmp_path / "pd",
-            *(() if other else ("--teacher", tiny)),
+            monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "cfd", "--pd",
+            tmp_path / "pd", *(() if other else ("--teacher", tiny)),
         )
 
 
@@ -553,26 +460,16 @@ def test_pd_of_another_kind_is_refused(
     [
         (["--from-steps", "24"], ["--from-steps 24", "power of 2"]),
         (["--cfd-from", "32"], ["--cfd-from 32", "8, 4, 2, 1"]),
-        (["--cfd-from", "3"], ["--cfd-from 3"]),
-        (["--tau", "0"], ["--tau 0"]),
-        (["--beta", "-1"], ["--beta -1"]),
-        (["--gamma", "1.5"], ["--gamma 1.5"]),
+        (["--cfd-from", "3"], ["--cfd-from 3"]), (["--tau", "0"], ["--tau 0"]),
+        (["--beta", "-1"], ["--beta -1"]), (["--gamma", "1.5"], ["--gamma 1.5"]),
         (["--classifier", "clip"], ["classifier", "clip"]),
-        (["--pd", "NOWHERE"], ["student-8.safetensors"]),
-        (["--nfe", "5"], ["--nfe 5"]),
+        (["--pd", "NOWHERE"], ["student-8.safetensors"]), (["--nfe", "5"], ["--nfe 5"]),
         (["--teacher", "FOREIGN"], ["foreign.pt"]),
-        (["--dataset", "cifar10"], ["teacher", "cifar10"]),
-        (["--resume"], ["checkpoint.pt"]),
+        (["--dataset", "cifar10"], ["teacher", "cifar10"]), (["--resume"], ["checkpoint.pt"]),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
     assert_refused(cfd, monkeypatch, tmp_path, arguments, names, NOWHERE=tmp_path / "nowhere")
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one(tmp_path, tiny):  # noqa: F811
-    more = "--cfd-from", "2", "--beta", "0.5", "--gamma", "0.2"
-    assert_two_ranks_train_as_one("cfd.py", tmp_path, tiny, *more)
 
 
 @pytest.mark.slow

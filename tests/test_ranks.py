@@ -97,7 +97,7 @@ COMMANDS = {  # dropout 0: every rank has its own masks
     "ld3, uneven shares": "ld3.py --steps 4 --train-n 3 --valid-n 1 --batch-size 1",
     "dode": "dode.py --fit-n 8 --fit-batch 2 --nfe 3 4",
     "progressive": "progressive.py --from-steps 4 --updates 3 --batch-size 8",
-    "cfd": "cfd.py --from-steps 4 --cfd-from 2 --updates 3 --batch-size 8",
+    "cfd": "cfd.py --from-steps 4 --cfd-from 2 --updates 3 --batch-size 8 --beta 0.5 --gamma 0.2",
     "cud": "cud.py --steps 4 --batch-size 8 --distill-steps 1 --distill-n 9 --baseline"
     " --conditional --no-independent",
     "distributional": "distributional.py --images 40 --batch-size 8 --r1-every 2",
