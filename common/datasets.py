@@ -6,9 +6,6 @@ too large for memory.
 """
 import functools
 import gzip
-import json
-import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +15,9 @@ import torch
 
 from common import UsageError
 from common.machinery.files import cache_dir, locked
+from common.machinery.folders import SPLITS, find_source, first_image, layout, read_folder
 from common.machinery.large_data import (
-    SPLITS, Source, as_tensor, find_source, is_downsampled, list_batches, list_images,
-    load_source, read_batch, read_downsampled, stamp,
+    as_tensor, is_downsampled, list_batches, load_source, read_batch, read_downsampled, stamp
 )
 from common.machinery.options import DATASETS
 from common.machinery.pickles import one_line
@@ -33,8 +30,6 @@ SHAPES = {
     "imagenet64": (3, 64, 64),
 }
 ASSETS = Path(__file__).parent / "assets"
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # PIL's EPS runs Ghostscript
-LARGEST, MOST_IMAGE = 4096, 2**26  # pixels in a row, bytes of an image's file
 AHEAD = 2  # batches that a Stream fetches before they are asked for
 
 
@@ -82,7 +77,7 @@ def load_dataset(name, split="train", data_dir=None, device="cpu"):
         images, labels, num_classes = *_torchvision(name, split, data_dir), 10
     elif name in ("folder", "imagenet64"):
         path = find_source(name, data_dir)
-        read = read_downsampled if is_downsampled(path) else _folder
+        read = read_downsampled if is_downsampled(path) else read_folder
         images, labels, num_classes, split, about = load_source(path, split, read)
         height, width = images.shape[2:]
         _say(f"{one_line(path)}: {len(images):,} images of {height}x{width}, {about}")
@@ -160,137 +155,11 @@ def _packed_mnist(images, labels):
     return images.reshape(-1, 1, 28, 28).copy(), labels.copy()
 
 
-def _layout(path):
-    """What a folder or zip is taken for: splits {folder: names}, labels {name: class}, classes.
-
-    Splits are folders called `train` and `test`, or `val`, `valid`, `validation`; {"": names}
-    without. Classes: `dataset.json` as EDM writes it, {"labels": [[file, class], ...] or null}, or
-    else the folders below, in the order of their numbers where all are numbers. Also: words for
-    what was left out, and the function that opens an image. Raises UsageError for images beside
-    folders of splits or classes, which could be anything.
-    """
-    _, names, opener, others = list_images(path)
-    tops = {name.partition("/")[0] for name in names if "/" in name}
-    known = [top for split in SPLITS.values() for word in split for top in tops
-             if top.lower() == word]
-    for name in names if known else ():
-        _check_place(path, name, name.partition("/")[0] in known, known)
-    parts = {top: [n for n in names if n.startswith(f"{top}/")] for top in known} or {"": names}
-    labels = _labels_file(path, names, opener)
-    if labels is None:
-        folder_of = {}
-        for part, files in parts.items():
-            below = {name: name[len(part) + bool(part):].split("/") for name in files}
-            found = {name: words[0] for name, words in below.items() if len(words) > 1}
-            for name in files if found else ():
-                _check_place(path, name, name in found, sorted({*found.values()})[:3])
-            folder_of |= found
-        classes = {*folder_of.values()}
-        order = int if all(map(str.isdecimal, classes)) else str
-        classes = sorted(classes, key=lambda name: (order(name), name)) if len(classes) > 1 else []
-        number = {name: i for i, name in enumerate(classes)}
-        labels = {name: number[top] for name, top in folder_of.items() if number}
-    else:
-        classes = list(map(str, range(max(labels.values(), default=-1) + 1)))
-    skipped = "".join(f"; {n:,} skipped ({kind})" for kind, n in others.items())
-    return parts, labels, classes, skipped, opener
-
-
-def _check_place(path, name, right, folders):
-    if not right:
-        raise UsageError(
-            f"--data-dir {path}: {one_line(name)} lies beside the folders "
-            f"{one_line(', '.join(folders))}: move it into one of them, or away"
-        )
-
-
-def _folder(path, split):
-    """One split of a folder or zip of images, not yet read. Without one of its own: all images."""
-    parts, labels, classes, skipped, opener = _layout(path)
-    own = {s: next((top for top in parts if top.lower() in SPLITS[s]), None) for s in SPLITS}
-    if own[split]:
-        names, serves, name = parts.pop(own[split]), [split], split
-        skipped += "".join(f"; not {top}" for top in parts if top not in own.values())
-    else:
-        names, name = sorted(sum(parts.values(), [])), "all"
-        serves = [s for s in own if not own[s]]
-    counts = Counter(labels[n] for n in names if n in labels)
-    classes = classes if counts else []  # flat test images of a training set with classes
-    about = f"{split} split" if own[split] else f"no {split} split"
-    if classes:
-        shown = [f"{k} {one_line(classes[k])} ({counts[k]:,})" for k in sorted(counts)[:12]]
-        about += f"; {len(classes)} classes: {', '.join(shown)}{', ...' * (len(counts) > 12)}"
-    about += skipped if classes else f"; no classes{skipped}"
-    pixels = ((n, _read_image(path, n, opener)[None], [labels.get(n, 0)]) for n in names)
-    size = len(names) * _read_image(path, names[0], opener).nbytes
-    return Source(path, size, pixels, len(classes), name, serves, about)
-
-
-def _labels_file(path, names, opener):
-    """{name: class} of dataset.json, {} where it has none; None without that file."""
-    most = max(2**24, sum(len(name) + 40 for name in names))  # bytes of the JSON
-    try:
-        with opener("dataset.json", most) as file:
-            text = file.read()
-        if text.count(b"[") + text.count(b"{") > 2 * len(names) + 10**5:
-            raise ValueError("more lists than images")  # they take many times their text
-        labels = {name: int(label) for name, label in json.loads(text)["labels"] or []}
-        if labels and not 0 <= min(labels.values()) <= max(labels.values()) < 10**5:
-            raise ValueError("class numbers must lie in 0 ... 99999")
-    except (FileNotFoundError, KeyError):  # no such file, or none in the zip
-        return None
-    except Exception as error:  # damaged zips and JSON raise many kinds
-        wanted, reason = '{"labels": [[file, class number], ...]}', one_line(error)
-        raise UsageError(f"--data-dir {path}: dataset.json is not {wanted} ({reason})") from None
-    for name in names if labels else ():
-        if name not in labels:
-            raise UsageError(f"--data-dir {path}: {one_line(name)} has no label in dataset.json")
-    return labels
-
-
-def _read_image(path, name, opener):
-    """One square image -> (C, H, W) uint8. Its head is checked before it is decoded."""
-    from PIL import Image
-    try:
-        with warnings.catch_warnings(), opener(name, MOST_IMAGE) as file:
-            warnings.simplefilter("ignore")  # PIL's about large images
-            with Image.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                if width == height <= LARGEST:
-                    return _pixels(image)
-    except Exception as error:  # PIL's decoders raise many kinds
-        reason = f"{one_line(name)} is not a readable image ({one_line(error)})"
-        raise UsageError(f"--data-dir {path}: {reason}") from None
-    raise UsageError(
-        f"--data-dir {path}: {one_line(name)} is {width}x{height}; images must be square, and at "
-        f"most {LARGEST} pixels wide: crop or scale copies of them"
-    )
-
-
-def _pixels(image):
-    """Grey or RGB (C, H, W): turned as EXIF says, 16 bits scaled to 8, on white if transparent."""
-    from PIL import Image, ImageOps
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() >= 2**16:
-            raise ValueError("more than 16 bits")
-        return ((levels + 128) // 257).astype(np.uint8)[None]
-    if image.mode == "F":
-        raise ValueError("floating point numbers")
-    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-    if image.mode[-1] in "Aa" or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.asarray(image.convert(mode))
-    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-
-
 def class_shares(name, data_dir):
     """The share of each class (K,) in a `folder` with classes; None for other data sets."""
     if name != "folder" or not data_dir or is_downsampled(data_dir):
         return None
-    parts, labels, classes, *_ = _layout(find_source(name, data_dir))
+    parts, labels, classes, *_ = layout(find_source(name, data_dir))
     used = next(iter(parts.values()))  # of the training images
     counts = torch.bincount(torch.tensor([labels.get(n, 0) for n in used]), minlength=len(classes))
     return counts.double() / len(used) if classes else None
@@ -322,7 +191,7 @@ def has_test_images(name, data_dir):
     if name == "digits":
         return True
     path = find_source(name, data_dir)
-    parts = {} if is_downsampled(path) else _layout(path)[0]
+    parts = {} if is_downsampled(path) else layout(path)[0]
     return any(len(parts[top]) > 1 for top in parts if top.lower() in SPLITS["test"])
 
 
@@ -331,15 +200,9 @@ def shape_of(name, data_dir):
     if name != "folder":
         return SHAPES[name]
     path = find_source(name, data_dir)
-    return _first_shape(path, stamp(path))
-
-
-@functools.lru_cache
-def _first_shape(path, stamp):
     if is_downsampled(path):
         return read_batch(next(iter(list_batches(path).values())))[0].shape[1:]
-    _, names, opener, _ = list_images(path)
-    return _read_image(path, names[0], opener).shape
+    return first_image(path).shape
 
 
 # ---------------------------------------------------------------------------- the stream

@@ -78,6 +78,8 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("position + self.rank * self.part, self.part)", "position, self.part)"),
         ("if batch_size % world:", "if False:"),
         ("ranks or rank_and_world()", "ranks or (0, 1)"),
+    ],
+    ("common/machinery/folders.py", "test_datasets"): [
         ("order = int if", "order = str if"),
         ("if not right:\n", "if False:\n"),
         ("image = ImageOps.exif_transpose(image)\n", "pass\n"),
@@ -85,13 +87,13 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ('"RGBA", image.size, "white"', '"RGBA", image.size, "black"'),
         ("if top.lower() in SPLITS[s]), None)", "if top.lower() == s), None)"),
         ("classes = classes if counts else []", "pass"),
-    ],
-    ("common/machinery/large_data.py", "test_datasets"): [
-        ("np.dtype(code).newbyteorder(order)", "np.dtype(code).newbyteorder('>')"),
         ('part == "__MACOSX" or part.startswith(".")', 'part == "__MACOSX"'),
         ("if top and not more and", "if"),
         ("followlinks=True", "followlinks=False"),
         ("if os.path.realpath(link) in map(", "if os.path.realpath(folder) in map("),
+    ],
+    ("common/machinery/large_data.py", "test_datasets"): [
+        ("np.dtype(code).newbyteorder(order)", "np.dtype(code).newbyteorder('>')"),
         ("class_of[numbers - 1].tolist()", "(numbers - 1).tolist()"),
         ("pixels.reshape(-1, 3, k, k)", "pixels.reshape(-1, k, k, 3).transpose(0, 3, 1, 2)"),
         (
@@ -147,7 +149,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("np.linalg.eigvalsh(cov).min() < -1e-3 * size", "False"),
         (".cumsum(0), place, right=True", ", place, right=True"),
         ("to_uint8(x0)[: config.save_images - first]", "to_uint8(x0)"),
-        ('require(value != "lite0"', 'require(True or value'),
+        ('require(not sees, "fd"', 'require(True, "fd"'),
         ("if len(images) < 2:", "if False:"),
         ("if len(images) < 4:", "if False:"),
         ("part / (2 * root) if root", "part / root if root"),
@@ -312,11 +314,11 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
     ],
     ("common/machinery/large_data.py", "test_foreign_files"): [
         ("code not in CODES or", ""),
-        ("entry.file_size > most", "False"),
-        ("entry.compress_type not in PACKINGS or", ""),
         ("type(n) is int and n >= 0", "type(n) is int"),
     ],
-    ("common/datasets.py", "test_foreign_files"): [
+    ("common/machinery/folders.py", "test_foreign_files"): [
+        ("entry.file_size > most", "False"),
+        ("entry.compress_type not in PACKINGS or", ""),
         ("formats=FORMATS", "formats=None"),
         ("width == height <= LARGEST", "width == height"),
         ("if labels and not 0 <= min(", "if labels and not -1 <= min("),

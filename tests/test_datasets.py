@@ -17,7 +17,7 @@ from PIL import Image
 
 from common import UsageError, datasets
 from common.datasets import Dataset, Stream, fingerprint, load_dataset, to_float, to_uint8
-from common.machinery import large_data
+from common.machinery import folders, large_data
 from common.machinery.files import locked
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -791,7 +791,7 @@ def unpacked(cache):
 
 
 def no_reading(monkeypatch):
-    monkeypatch.setattr(datasets, "_read_image", None)
+    monkeypatch.setattr(folders, "read_image", None)
     monkeypatch.setattr(large_data, "read_batch", None)
 
 
@@ -799,14 +799,14 @@ def no_reading(monkeypatch):
 def test_a_large_source_is_decoded_once(tmp_path, kind, mapped, monkeypatch, cache):
     source, counted = write_source(tmp_path, kind), []
     images = kind in ("folder", "zip")
-    module, name = (datasets, "_read_image") if images else (large_data, "read_batch")
+    module, name = (folders, "read_image") if images else (large_data, "read_batch")
     original = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *args: counted.append(1) or original(*args))
     load_dataset("imagenet64", "train", source)
     assert len(counted) == (24 if images else 10)  # the first image also for its size
     no_reading(monkeypatch)
     if kind == "zip":  # a list of 1.28 million names takes its time, too
-        for module in (datasets, large_data):
+        for module in (folders, large_data):
             monkeypatch.setattr(module, "list_images", None)
     own = "all" if images else "train"
     for split in ("train", "test") if images else ("train",):
@@ -886,7 +886,7 @@ def test_a_stamp_sees_sizes_times_and_names(tmp_path, kind):
 def test_an_interrupted_unpacking_leaves_nothing_and_is_repeated(
     tmp_path, mapped, monkeypatch, cache, error
 ):
-    source, original, seen = write_source(tmp_path, "folder"), datasets._read_image, []
+    source, original, seen = write_source(tmp_path, "folder"), folders.read_image, []
 
     def stops(*arguments):
         seen.append(1)
@@ -895,7 +895,7 @@ def test_an_interrupted_unpacking_leaves_nothing_and_is_repeated(
         return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(datasets, "_read_image", stops)
+        patch.setattr(folders, "read_image", stops)
         load_dataset("imagenet64", "train", source)
     assert unpacked(cache) == []
     place = next((cache / "data").glob("*.lock")).stem

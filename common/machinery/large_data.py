@@ -1,4 +1,4 @@
-"""Images on a disk: folders and zips of them, downsampled ImageNet.
+"""Images of a disk in memory, or mapped; downsampled ImageNet.
 
 A small source is read into memory. A large one is decoded once, into one file of pixels in
 the cache, and mapped from there, as long as its `stamp` is the same.
@@ -9,26 +9,16 @@ import hashlib
 import math
 import os
 import warnings
-import zipfile
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common import UsageError
-from common.machinery.files import BAR, PACKINGS, atomic_write, cache_dir, locked, read_npz
-from common.machinery.pickles import (
-    Machine, Record, Refused, call_of, file_size, mapped_file, one_line,
-)
+from common.machinery.files import atomic_write, cache_dir, locked, read_npz
+from common.machinery.folders import Source, list_images
+from common.machinery.pickles import Machine, Record, Refused, call_of, mapped_file, one_line
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
-BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")  # else
-# Splits that a folder can be named after; of several for testing the first one is taken.
-SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 BATCHES = {  # the files of downsampled ImageNet
     "train": [f"train_data_batch_{i}" for i in range(1, 11)],
     "test": ["val_data"],
@@ -36,123 +26,7 @@ BATCHES = {  # the files of downsampled ImageNet
 IN_MEMORY = 2**30  # bytes of pixels from which on a source is unpacked into the cache and mapped
 
 
-@dataclass
-class Source:
-    """One split of the images on a disk. Reading `pixels` fills `labels` and `shape`."""
-
-    path: Path
-    size: int           # bytes of all pixels, about
-    parts: Iterable     # (file name, pixels (n, C, H, W) uint8, n labels), read one by one
-    num_classes: int
-    split: str          # "train" | "test" | "all"
-    serves: list        # the splits that these images are: both for "all"
-    about: str = ""     # what was found, in words
-    labels: list = field(default_factory=list)
-    shape: tuple = ()   # (C, H, W)
-
-    def pixels(self):
-        """Yield the pixels (n, C, H, W) of all parts. Raises UsageError for mixed shapes."""
-        style = {"unit": "B", "unit_scale": True, "disable": self.size < 2**24, **BAR}
-        first = None
-        with tqdm(total=self.size, desc=f"reading {one_line(self.path)}", **style) as bar:
-            for name, pixels, labels in self.parts:
-                shape = pixels.shape[1:]
-                if first is None:
-                    first, self.shape = name, shape
-                if shape != self.shape:
-                    raise UsageError(
-                        f"--data-dir {self.path}: {one_line(name)} is {shape} (channels, height, "
-                        f"width), but {one_line(first)} is {self.shape}; all must be the same: "
-                        "resize them, convert grey ones to RGB"
-                    )
-                self.labels.extend(labels)
-                yield np.ascontiguousarray(pixels)
-                bar.update(pixels.nbytes)
-
-
 # ----------------------------------------------------------------- what lies on the disk
-
-
-def find_source(name, data_dir):
-    """The absolute path of the folder or zip that `--data-dir` names. Raises UsageError."""
-    if data_dir is None:
-        raise UsageError(
-            f"--dataset {name}: give --data-dir, a folder of images (a sub-folder per class), a "
-            "zip of EDM's dataset_tool or the folder with the batches of downsampled ImageNet"
-        )
-    path = Path(data_dir).resolve()
-    if not (path.is_dir() or path.is_file() and zipfile.is_zipfile(path)):
-        raise UsageError(f"--data-dir {path}: neither a folder nor a zip file")
-    return path
-
-
-def list_images(path):
-    """The images of a folder or a zip: root, names, opener, what else lies there {kind: count}.
-
-    Names are sorted, relative to the root, with "/"; the root is "" or one folder that encloses
-    all. A file is an image by its ending, or by its first bytes; hidden files and folders are
-    none. Symbolic links are followed. Nothing of a zip is written to the disk, so a name like
-    "../a.png" leads nowhere. opener(name, most) raises Refused for more than `most` bytes. Raises
-    UsageError where there are no images.
-    """
-    if path.is_dir():
-        names, open_file = _walk(path), functools.partial(_open_file, path)
-    else:
-        try:
-            archive = zipfile.ZipFile(path)
-        except Exception as error:  # a damaged one raises anything
-            raise UsageError(f"--data-dir {path}: a damaged zip ({one_line(error)})") from None
-        names, open_file = archive.namelist(), functools.partial(_open_packed, archive)
-    images, others, tops = [], Counter(), set()
-    for name in names:
-        *folders, file = name.split("/")
-        if any(part == "__MACOSX" or part.startswith(".") and part != ".."
-               for part in (*folders, file)):
-            others["hidden"] += 1
-        elif file == "dataset.json" or file and _is_image(name, open_file):
-            tops.add(folders[0] if folders else None)
-            images += [name] if file != "dataset.json" else []
-        elif file:
-            others["no image"] += 1
-    if not images:
-        raise UsageError(f"--data-dir {path}: no images in it ({' '.join(ENDINGS)})")
-    root, (top, *more) = "", tops
-    if top and not more and top.lower() not in SPLITS["train"] + SPLITS["test"]:
-        root = f"{top}/"
-    opener = lambda name, most: open_file(root + name, most)
-    return root, sorted(name[len(root):] for name in images), opener, others
-
-
-def _walk(path):
-    """The names of all files below a folder. Raises UsageError for links that go in circles."""
-    for folder, folders, files in os.walk(path, followlinks=True):
-        for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
-            above = [folder[:i] for i, c in enumerate(folder) if c == os.sep and i] + [folder]
-            if os.path.realpath(link) in map(os.path.realpath, above):
-                raise UsageError(f"--data-dir {path}: the link {one_line(link)} leads in a circle")
-        for file in files:
-            yield os.path.join(folder, file)[len(str(path)) + 1:].replace(os.sep, "/")
-
-
-def _open_file(path, name, most):
-    if file_size(path / name) > most:
-        raise Refused(f"not a file of at most {most:,} bytes")
-    return open(path / name, "rb")
-
-
-def _open_packed(archive, name, most):
-    entry = archive.getinfo(name)
-    if entry.compress_type not in PACKINGS or entry.file_size > most:
-        raise Refused(f"not a stored or deflated file of at most {most:,} bytes")
-    return archive.open(entry)
-
-
-def _is_image(name, open_file):
-    if name.lower().endswith(ENDINGS):
-        return True
-    with contextlib.suppress(Exception), open_file(name, 2**26) as file:
-        return file.read(4).startswith(BEGINNINGS)
-    return False
 
 
 def list_batches(path):

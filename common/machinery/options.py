@@ -10,7 +10,8 @@ import torch
 
 from common import UsageError
 from common.machinery.diffusers_teachers import is_diffusers, sigma_range
-from common.machinery.large_data import count, find_source, stamp
+from common.machinery.folders import find_source
+from common.machinery.large_data import count, stamp
 from common.machinery.ranks import leave_group
 
 EDM_RANGE = (0.002, 80.0)  # sigma_min, sigma_max
