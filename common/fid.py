@@ -18,26 +18,12 @@ from tqdm import tqdm
 from common import UsageError
 from common.classifier import SHIPPED, ImageNetFeatures, load_classifier
 from common.datasets import (
-    ASSETS,
-    SHAPES,
-    class_shares,
-    evenly,
-    fingerprint,
-    has_test_images,
-    is_downsampled,
-    load_dataset,
-    shape_of,
-    to_float,
-    to_uint8,
+    ASSETS, SHAPES, class_shares, evenly, fingerprint, has_test_images, is_downsampled,
+    load_dataset, shape_of, to_float, to_uint8,
 )
 from common.diffusion import noise_from_seeds
 from common.machinery.files import (
-    BAR,
-    atomic_write,
-    cache_dir,
-    locked,
-    read_npz,
-    weights_digest,
+    BAR, atomic_write, cache_dir, locked, read_npz, weights_digest,
 )
 from common.machinery.inception import EDM_REFERENCES, edm_reference, load_inception
 from common.machinery.options import cli, require
@@ -127,12 +113,10 @@ def precision_recall(real, fake, k=3, batch_size=1000):
     real, fake = real.double(), fake.double()
 
     def share(points, x):
-        radii = torch.cat(
-            [
-                torch.cdist(part, x).kthvalue(k + 1).values  # the nearest is the point itself
-                for part in x.split(batch_size)
-            ]
-        )
+        radii = [  # the nearest is the point itself
+            torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(batch_size)
+        ]
+        radii = torch.cat(radii)
         inside = [(torch.cdist(part, x) <= radii).any(1) for part in points.split(batch_size)]
         return torch.cat(inside).double().mean().item()
 
@@ -293,13 +277,13 @@ def reference_fids(config, evaluator, noise):
     noise: the row of images of pure noise.
     """
     found = {}
-    for space, names in evaluator.spaces():
+    for space, *names in evaluator.spaces():
         real = real_row(config, space) or {}
-        for metric in ("fid", "kid"):
-            if names[metric] in noise:
-                found[names[metric]] = {"noise": noise[names[metric]]}
+        for metric, name in zip(("fid", "kid"), names):
+            if name in noise:
+                found[name] = {"noise": noise[name]}
                 if metric in real:
-                    found[names[metric]] |= {"real": real[metric], "real_n": real["n"]}
+                    found[name] |= {"real": real[metric], "real_n": real["n"]}
     return found
 
 
@@ -375,15 +359,9 @@ class Evaluator:
     real: torch.Tensor | None = None  # features of real images (M, D), for precision and recall
 
     def spaces(self):
-        """[(Evaluator, what its columns fid, kid, ... are called in metrics.json)]"""
-        called = {"": ("fid", "kid"), "unseen": ("fid_unseen", "kid_unseen"),
-                  "imagenet": ("fd", "kid_fd")}
-        found = []
-        for which, (fid, kid) in called.items():
-            if space := getattr(self, which) if which else self:
-                found.append((space, {"fid": fid, "fid_features": f"{fid}_features", "kid": kid,
-                                      "kid_se": f"{kid}_se"}))
-        return found
+        """[(Evaluator, what its columns `fid` and `kid` are called in metrics.json)]"""
+        own, unseen = (self, "fid", "kid"), (self.unseen, "fid_unseen", "kid_unseen")
+        return [row for row in (own, unseen, (self.imagenet, "fd", "kid_fd")) if row[0]]
 
 
 def make_evaluator(config, device, unseen=False):
@@ -436,7 +414,7 @@ class Metrics:
         self.evaluator, self.n = evaluator, n
         space = evaluator.extractor
         self.moments = Moments(space.dim, space.device)
-        self.others = [(Metrics(e, n), names) for e, names in evaluator.spaces()[1:]]
+        self.others = [(Metrics(space, n), *names) for space, *names in evaluator.spaces()[1:]]
         nothing = torch.zeros(0, space.dim, device=space.device)
         self.features = [nothing]
         if space.logits:  # for each tenth of the images: sums of p (K,) and of p log p, the count
@@ -451,7 +429,7 @@ class Metrics:
         space, images = self.evaluator.extractor, to_uint8(x0)
         features = space(images)
         self.moments.add(features)
-        for other, _ in self.others:
+        for other, *_ in self.others:
             other.add(x0, first)
         if self.evaluator.real is not None or self.evaluator.reference[3:] and first < KID_FAKE:
             self.features.append(features)
@@ -481,9 +459,10 @@ class Metrics:
         if evaluator.reference[3:]:
             real = evaluator.reference[3]
             row["kid"], row["kid_se"] = kernel_distance(real, fake[:KID_FAKE])
-        for other, names in self.others:
-            other = other.row()
-            row |= {names.get(k, k): v for k, v in other.items() if k not in row or k in names}
+        for other, fid, kid in self.others:
+            for name, value in other.row().items():
+                if name not in ("fid_reference", "fid_n"):
+                    row[name.replace("fid", fid).replace("kid", kid)] = value
         if evaluator.extractor.logits:
             scores = self._inception_scores()
             row["inception_score"] = scores.mean().item()
@@ -620,27 +599,22 @@ def moments_of(what, extractor):
 
 def main():
     parser = argparse.ArgumentParser(description="The Frechet distance, and KID, of two sets.")
-    for name in ("a", "b"):
-        parser.add_argument(name, help="digits, mnist, mnist:test, a folder, a zip or an .npz")
-    parser.add_argument("--features", help="a data set, whose classifier's; inception; or lite0 "
-                        "(default: of the data set among the two, else lite0)")
-    parser.add_argument("--inception", help="FID weights of Inception (default: cache, download)")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("sets", nargs=2, help="two of: digits, mnist:test, a folder, zip or .npz")
+    parser.add_argument("--features", help="digits, mnist or cifar10: of FIDs on it; lite0: of "
+                        "ImageNet (default: of the data set among the two, else lite0)")
+    parser.add_argument("--inception", help="FID weights of Inception, for cifar10")
     given = parser.parse_args()
-    device, _ = pick_device(given.device)
-    sets = [what.partition(":")[0] for what in (given.a, given.b)]
-    space = given.features or next((name for name in sets if name in SHAPES), "lite0")
-    if space == "inception":
-        net = load_inception(given.inception, fetch=True)
-        require(net, "features", space, "its weights are not at hand")
-        extractor = FeatureExtractor(space, weights_digest(net), 2048, device, net.to(device))
-    else:
-        extractor = (imagenet_features(device) if space == "lite0"
-                     else classifier_features(space, device))
-    first, second = (moments_of(what, extractor) for what in (given.a, given.b))
+    device, _ = pick_device()
+    known = [name for what in given.sets if (name := what.partition(":")[0]) in SHAPES]
+    space = given.features or [*known, "lite0"][0]
+    require(space in SHAPES or space == "lite0", "features", space, "choose a data set, or lite0")
+    lite0 = space == "lite0"
+    extractor = imagenet_features(device) if lite0 else feature_extractor(
+        space, device, given.inception)
+    first, second = (moments_of(what, extractor) for what in given.sets)
     n = " and ".join(str(m[2]) if m[2:] else "?" for m in (first, second))
-    print(f"{'fd' if space == 'lite0' else 'fid'} [{extractor.name}, n={n}]: "
-          f"{frechet_distance(*first[:2], *second[:2]):.5g}")
+    distance = frechet_distance(*first[:2], *second[:2])
+    print(f"{'fd' if lite0 else 'fid'} [{extractor.name}, n={n}]: {distance:.5g}")
     if first[3:] and second[3:]:
         value, error = kernel_distance(first[3], second[3])
         print(f"kid [{extractor.name}, at most {KID_REAL} of each]: {value:.4g} +- {error:.2g}")

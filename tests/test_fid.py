@@ -509,7 +509,7 @@ def test_the_distance_of_two_sets_on_the_command_line(tmp_path, monkeypatch, cap
     np.savez(tmp_path / "moments.npz", mu=mu, sigma=cov)
     found = {}
     for other in ("digits:test", str(tmp_path / "folder"), str(tmp_path / "moments.npz")):
-        monkeypatch.setattr("sys.argv", ["fid.py", "digits", other, "--device", "cpu"])
+        monkeypatch.setattr("sys.argv", ["fid.py", "digits", other])
         fid.main()
         found[other] = capsys.readouterr().out.splitlines()[-2:]
     first, second, third = found.values()
