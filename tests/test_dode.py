@@ -556,9 +556,7 @@ def test_batch_size_does_not_matter(toy, tmp_path, output):
         for other in (parts, uneven):
             torch.testing.assert_close(
                 torch.tensor(other[key]["lambdas"], dtype=torch.float64),
-                expected,
-                rtol=1e-10,
-                atol=1e-10,
+                expected, rtol=1e-10, atol=1e-10,
             )
         assert expected.abs().max() > 0.01
 
@@ -683,15 +681,8 @@ open(sys.argv[1] + f"/rank{{run.rank}}.json", "w").write(json.dumps(lambdas))
 
 
 def test_every_rank_gets_its_share_of_the_presets_one_batch(toy, tmp_path, monkeypatch):
-    config = dode.Config(
-        fit_n=6,
-        fit_batch=6,
-        nfe=(2,),
-        solver=("ddim",),
-        reference_nfe=4,
-        device="cpu",
-        out=str(tmp_path),
-    )
+    options = dict(fit_n=6, fit_batch=6, nfe=2, solver="ddim", reference_nfe=4, grid="edm")
+    config = dode.Config(device="cpu", out=str(tmp_path), **options)
     sizes = []
 
     def fit_lambdas(student, teacher, targets, denoiser, x, output):
@@ -720,13 +711,8 @@ def test_two_ranks_fit_as_one(toy, tmp_path):
     (tmp_path / "script.py").write_text(RANKS.format(root=str(ROOT)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*launcher, str(tmp_path / "script.py"), str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        capture_output=True,
-    )
+    command = [*launcher, str(tmp_path / "script.py"), str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     options = dict(fit_n=256, fit_batch=256, nfe=4, grid="auto")  # as theirs, by the preset
     one = dode.fit(toy_config(tmp_path / "one", **options), teacher=toy)
     for rank in (0, 1):
@@ -750,12 +736,7 @@ def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_
     budget = ["--nfe", 3, 4, "--solver", "ddim", "heun", "--smoke", "--device", "cpu"]
     run_main(monkeypatch, *budget, "--out", tmp_path / "a")
     assert {p.name for p in (tmp_path / "a").iterdir()} >= {
-        "metrics.json",
-        "samples.png",
-        "samples.npz",
-        "lambdas.png",
-        "lambdas.json",
-        "log.jsonl",
+        "metrics.json", "samples.png", "samples.npz", "lambdas.png", "lambdas.json", "log.jsonl",
         "checkpoint.pt",
     }
     rows = results(tmp_path / "a")
@@ -796,10 +777,11 @@ def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_
 def test_every_row_is_what_its_name_and_the_options_say(tmp_path, monkeypatch, options):
     """The samplers of main, on a denoiser that writes down its noise levels."""
     class Recorder(Toy):
-        levels = []
+        levels, labels = [], []
 
         def forward(self, x, sigma, labels=None):
             self.levels.append(float(sigma))
+            self.labels.append(labels)
             return super().forward(x, sigma)
 
     taken = {}
@@ -821,7 +803,7 @@ def test_every_row_is_what_its_name_and_the_options_say(tmp_path, monkeypatch, o
     run_main(
         monkeypatch, *arguments, "--fit-n", 32, "--scale", 3, "--device", "cpu", "--out", tmp_path
     )
-    noise = noise_from_seeds(range(5), (1, 2, 2))
+    noise, labels = noise_from_seeds(range(5), (1, 2, 2)), torch.arange(5)
     config = dode.Config(**options)
     x, ends = config.sigma_max * noise, (config.sigma_min, config.sigma_max)
     entries = json.loads((tmp_path / "lambdas.json").read_text())["solvers"]
@@ -850,8 +832,9 @@ def test_every_row_is_what_its_name_and_the_options_say(tmp_path, monkeypatch, o
         wanted[name, nfe] = partial(sampler, noise, None)
     assert taken.keys() == wanted.keys()
     for (name, nfe), expected in wanted.items():
-        teacher.levels, plain.levels = [], []
-        torch.testing.assert_close(taken[name, nfe](noise, None), expected(), rtol=0, atol=1e-9)
+        teacher.levels, teacher.labels, plain.levels = [], [], []
+        torch.testing.assert_close(taken[name, nfe](noise, labels), expected(), rtol=0, atol=1e-9)
+        assert all(used is labels for used in teacher.labels)
         assert len(teacher.levels) == nfe and teacher.levels == pytest.approx(plain.levels), name
     results = {key: taken[key](noise, None) for key in taken}
     assert all((results[s, n] != results[f"d-{s}", n]).any() for s, n in entries)
@@ -884,14 +867,8 @@ def test_the_grid_may_be_one_that_ld3_learned(tmp_path, monkeypatch):
 def entry_of(solver="ddim", nfe=4, **changes):
     sigmas = dode.student_grid(dode.Config(grid="edm"), solver, nfe).tolist()
     return {
-        "solver": solver,
-        "nfe": nfe,
-        "grid": "edm",
-        "sigmas": sigmas,
-        "lambdas": [0.1] * nfe,
-        "fit_evaluations": 1,
-        "fit_seconds": 1,
-        **changes,
+        "solver": solver, "nfe": nfe, "grid": "edm", "sigmas": sigmas, "lambdas": [0.1] * nfe,
+        "fit_evaluations": 1, "fit_seconds": 1, **changes,
     }
 
 
