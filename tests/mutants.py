@@ -485,7 +485,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("            optimizer.step()\n", ""),
         ("*batch, mixed_precision=False)", "*batch)"),
         ("if step == updates - 1 and run.rank == 0:", "if step == 0 and run.rank == 0:"),
-        ("(4 if n == config.from_steps else 1)", "1"),
+        ("(FIRST_STAGE if n == config.from_steps else 1)", "1"),
         ("target = teacher(x, sigma, labels)", "target = stage_teacher(x, sigma, labels)"),
         ("student=student, teacher=stage_teacher,", "student=student,"),
         (
