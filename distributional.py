@@ -27,7 +27,8 @@ Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):
  7. Checkpoints hold disc and both optimizers (theirs: nothing of the discriminator).
  8. A gradient that is not finite stops the run (theirs: replaced by 0 or +-1e5).
  9. Not here: hinge loss, instance-level losses, generators of several steps.
-Digits: RESULTS.md, beside the best that needs no training.
+Digits, FID* (n = 1,024) of one evaluation: GDD .72, GDD-I .87 (when L_D took the fakes of
+L_G); of the teacher untrained, UniPC-3 on the cosine grid: 1.61 with 3, .32 with 4.
     python distributional.py                # digits, GDD-I: 6 min on one CPU core
     python distributional.py --freeze none  # GDD: all is trained
     python distributional.py --dataset cifar10 --teacher edm-cifar10-32x32-uncond-ve
