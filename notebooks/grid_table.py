@@ -100,7 +100,7 @@ def best_rows(rows):
     columns = ("solver", "order", "grid", "fid", "rmse_to_teacher")
     for nfe in sorted({row["nfe"] for row in rows if "grid" in row}):
         candidates = [row for row in rows if row["nfe"] == nfe and "grid" in row]
-        row = min(candidates, key=lambda row: row["fid"])
+        row = min(candidates, key=lambda row: (row["fid"], row["grid"] != "cosine"))  # NFE 1: equal
         best[str(nfe)] = {column: row[column] for column in columns}
     return best
 
