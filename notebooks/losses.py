@@ -34,7 +34,7 @@ MEANING = {  # method -> quantity in its log -> what it is, and what it should d
     },
     "cfd": {
         "loss": "In stages by PD as there; then a divergence of features in nats, another unit. "
-        "With tau < 1 it does not fall to 0: the sharpened teacher differs from itself.",
+        "With tau < 1 it is above 0 even where both images agree: the teacher's is sharpened.",
     },
     "cud": {
         "loss": "Flow-matching error plus catch-up error of the velocities, summed over heads. The "
