@@ -1,45 +1,57 @@
 """LD3: Learning to Discretize Denoising Diffusion ODEs (Tong et al., ICLR 2025, arXiv:2405.15506).
 
-Idea: with few steps, *where* a solver evaluates the network matters as much as the solver. LD3
-trains the noise levels of the time grid, by backpropagation through the whole solver, so that
-its samples match those of an accurate teacher solver. The network is frozen.
+Idea: with few steps, *where* a solver evaluates the network matters as much as the
+solver. LD3 trains the noise levels of the time grid, by backpropagation through the whole
+solver, so that its samples match those of an accurate solver. The network is frozen.
 
-Loss (soft objective, trainer.py:216), x_T ~ N(0, I); the hard one has x'_T = x_T:
-    E  min over x'_T with |x'_T - x_T| <= r  of  d(Psi_xi(sigma_max x'_T), Psi(sigma_max x_T))
-Psi_xi: the few-step solver on the grid xi = (theta1, theta2); Psi: the teacher solver;
-d: a distance of images; r = 0.001 H W C / N^2. The paper's t is our sigma.
+Loss, for unit Gaussian noise z (trainer.py: loss 278-286, moved latents 473-489):
+    hard:  E d(Psi_xi(sigma_max z), Psi(sigma_max z))
+    soft:  E  min over z' with |z' - z| <= r  of  d(Psi_xi(sigma_max z'), Psi(sigma_max z))
+Psi_xi is the solver with few steps on the grid xi = (theta1, theta2), see `TimeGrid`; Psi
+the teacher solver; d a distance of images; r = 0.001 H W C / NFE^2 the radius of a ball
+around the latent z. The paper's time t is our noise level sigma.
 
-Differences from the paper and its official code (github.com/vinhsuhi/LD3, commit 9e4a66f):
- 1. The window of theta2: half the smallest gap of the grid (theirs, in lambda mode: of the
-    logits theta1, which are equal at first: decoupling starts late).
- 2. Validation latents never move (theirs do: optimistic).
- 3. UniPC is differentiated through all its coefficients (theirs detaches the ratios r_i).
- 4. d: LPIPS if installed (theirs), else classifier features; small data: l2.
- 5. Validation every 5 updates; a plateau is 5 validations (theirs: 1 and 5 updates). Theirs
-    also reloads the best grid every round, keeps the rates at the first plateau, lowers
-    theta2's in phase 2 only, and trains on the last, partial batch of a round.
- 6. digits: 100 training latents, batches of 10, rate of theta2 2 / N (theirs: 50, 2, 0.1 / N).
-Digits, 5 evaluations: RMSE to the teacher .342 (best hand-made grid) -> .104.
-    python ld3.py                             # digits: 30 s on 2 CPU cores
+Differences from the paper and its official code (github.com/vinhsuhi/LD3, commit
+9e4a66f). The official recipe, except for what has no flag:
+    --start logsnr --distance lpips --objective soft --optimizer rmsprop --steps 175
+    --theta1-steps 50 --train-n 50 --valid-n 50 --batch-size 2 --valid-every 1 --lr1 .005
+    --lr2 .1
+ 1. Start: the hand-made grid that is best on the validation latents (theirs: logsnr; in
+    time mode, uniform). If nothing better is found on these, the result is the start.
+ 2. Small data: the hard objective, d the mean square, Adam with learning rates that fall
+    to 0, 400 training and 256 validation latents. Large data: soft and RMSprop as theirs.
+ 3. d for large data: LPIPS if it is installed (theirs: always), else classifier features.
+ 4. The shifts theta2 reach half the smallest gap of the grid (theirs, in lambda mode:
+    half the smallest difference of the logits theta1, 0 at first: theta2 has no effect).
+ 5. Validation latents stay (theirs are moved too, so their validation loss is biased
+    low). The latents' learning rate is halved after a round in which no training latent
+    moved (theirs: no validation latent). As in theirs, a move is kept if the moved latent
+    on the new grid has a lower loss than the unmoved one on the old grid.
+ 6. UniPC is differentiated through all its coefficients (theirs detaches the ratios r_i).
+ 7. Plateau: five validations without progress (theirs: the same, but a run's first one
+    lowers no learning rate, theta2's falls only once it is trained, moved latents are
+    reloaded too, each round begins at the best grid, and the lowest rate ends training).
+ 8. Incomplete batches at the end of a round are left out (theirs: used).
+Digits, 5 evaluations: RMSE to the teacher .082 (best hand-made grid, cosine) -> .078.
+    python ld3.py                             # digits: a minute on 2 CPU cores
     python ld3.py --solver dpmpp --nfe 8      # another solver
     python ld3.py --steps 0 --schedule runs/ld3-digits/schedule.json  # only measure
     python ld3.py --dataset cifar10 --nfe 10  # one GPU. More: RESULTS.md
 """
 import copy
 import importlib.util
+import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.classifier import load_classifier
+from common.classifier import make_distance
 from common.diffusion import GRIDS, noise_from_seeds, sigma_grid, with_labels
 from common.fid import labels_for, make_evaluator, measure
 from common.machinery.diffusers_export import check_export, export_grid
-from common.machinery.files import pretrained
 from common.machinery.options import SolverOptions, cli, complete, option, parse_config, require
 from common.machinery.plots import save_rows, save_sigma_grids
 from common.machinery.ranks import from_first_rank
@@ -54,9 +66,10 @@ from common.teacher import load_teacher
 class TimeGrid(nn.Module):
     """theta1, theta2 (n+1,) -> sigmas, sigmas_net (n+1,), decreasing from sigma_max to sigma_min.
 
-    sigmas, the solver's grid: cumsum(softmax(theta1)), normalized and spread over the range of
-    lambda = -log sigma or, in time mode, of sigma. sigmas_net, the conditioning noise levels: the
-    grid shifted by theta2 ("decoupled"), by at most half its smallest gap.
+    sigmas is the solver's grid: cumsum(softmax(theta1)), normalized to 0 ... 1 and spread over
+    the range of lambda = -log sigma or, in time mode, over that of sigma itself. sigmas_net are
+    the conditioning noise levels, the second argument of the denoiser: the inner ones are
+    shifted from the grid by theta2 ("decoupled"), by at most half the grid's smallest gap.
     """
 
     def __init__(self, n, sigma_min=0.002, sigma_max=80.0, mode="lambda"):
@@ -73,11 +86,11 @@ class TimeGrid(nn.Module):
         q = self.theta1.softmax(0).cumsum(0)  # (n+1,), increasing
         u = (q - q[0]) / (q[-1] - q[0])  # 0 ... 1
         if self.mode == "lambda":
-            first, last = -self.ends.log()
-            levels = first + (last - first) * u  # lambda, increasing
+            lambda_min, lambda_max = -self.ends.log()
+            levels = lambda_min + (lambda_max - lambda_min) * u  # lambda, increasing
         else:
-            last, first = self.ends
-            levels = first + (last - first) * u.flip(0)  # sigma, decreasing
+            sigma_max, sigma_min = self.ends
+            levels = sigma_min + (sigma_max - sigma_min) * u.flip(0)  # sigma, decreasing
         w = self.window(levels)
         inner = levels[1:-1] + self.theta2[1:-1].clamp(-w, w)
         levels_net = torch.cat([levels[:1], inner, levels[-1:]])
@@ -87,42 +100,42 @@ class TimeGrid(nn.Module):
 
     @torch.no_grad()
     def set_to(self, sigmas, sigmas_net):
-        """Take over a grid: theta1 = log of its gaps inverts the softmax; theta2 = shifts."""
+        """Take over a grid. The log of its gaps inverts the softmax; theta2 are the shifts."""
+        levels, levels_net = sigmas, sigmas_net
         if self.mode == "lambda":
-            sigmas, sigmas_net = -sigmas.log(), -sigmas_net.log()
-        logits = sigmas.diff().abs().log()
-        logits = logits if self.mode == "lambda" else logits.flip(0)
+            levels, levels_net = -sigmas.log(), -sigmas_net.log()
+        logits = levels.diff().abs().log()  # (n,)
+        if self.mode == "time":
+            logits = logits.flip(0)  # there the softmax runs from the smallest sigma upwards
         self.theta1[1:] = logits - logits.mean() + 1  # theta1[0] cancels in u
-        self.theta2.copy_(sigmas_net - sigmas)
+        self.theta2.copy_(levels_net - levels)
 
 
 def distillation_loss(solver, denoiser, x, target, sigmas, sigmas_net, distance):
-    """d(Psi_xi(x), target), (B,). x, the teacher's samples `target`: (B, C, H, W)."""
+    """d(Psi_xi(x), target), (B,), where target = Psi(x) are the teacher solver's samples.
+
+    x, target: (B, C, H, W); sigmas, sigmas_net: (n+1,), the grid xi.
+    """
     return distance(solver(denoiser, x, sigmas, sigmas_net=sigmas_net), target)
 
 
 def project(moved, origin, radius):
-    """The point nearest to `moved` with |x - origin| <= radius (2-norm of a latent)."""
+    """The points nearest to the latents `moved` with |z' - z| <= radius, z = `origin`."""
     offset = moved - origin  # (B, C, H, W), unit variance
     norm = offset.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
     return origin + offset * (radius / norm).clamp_max(1)
 
 
-def feature_distance(classifier, x, y):
-    """(B,): LPIPS without learned weights, on normalized activations."""
-    maps = zip(classifier.feature_maps(x.float()), classifier.feature_maps(y.float()))
-    pairs = [(F.normalize(a, dim=1), F.normalize(b, dim=1)) for a, b in maps]  # (B, c, h, w)
-    return sum((a - b).square().sum(1).flatten(1).mean(1) for a, b in pairs)
-
-
 @torch.no_grad()
 def teacher_samples(config, denoiser, noise):
-    """Psi: unit Gaussian noise (B, C, H, W) -> the accurate solution of the same ODE."""
+    """Psi: unit Gaussian noise (B, C, H, W) -> the accurate solution of the same ODE, x0."""
     sigmas = sigma_grid("edm", config.teacher_nfe, config.sigma_min, config.sigma_max)
     return unipc(denoiser, config.sigma_max * noise, sigmas, order=3)
 
 
 # --- options
+
+DISTANCES, OPTIMIZERS = ("l2", "rms", "features", "lpips"), ("adam", "rmsprop")
 
 
 @dataclass
@@ -130,22 +143,26 @@ class Config(SolverOptions):
     nfe: int = option(5, "network evaluations (paper: 4 to 10)", low=1)
     solver: str = option("unipc", "the student's solver", choices=tuple(SOLVERS))
     order: int | None = option(None, "its order (default, paper: 3, or its highest)")
-    teacher_nfe: int = option(20, "of the teacher, UniPC-3, edm grid (official)", low=1)
-    mode: str = option("lambda", "what is learned (official)", choices=("lambda", "time"))
-    schedule: str | None = option(None, "grid to start from (default: logsnr; time: uniform)")
-    objective: str = option("soft", "do training latents move?", choices=("soft", "hard"))
-    times: str = option("decoupled", "learn theta2 or not", choices=("decoupled", "coupled"))
-    distance: str | None = option(None, "d of the loss", choices=("l2", "features", "lpips"))
+    variant: str = option("bh1", "unipc's (latent models: bh2)", choices=("bh1", "bh2"))
+    teacher_nfe: int = option(20, "of the teacher solver, UniPC-3, edm grid (official)", low=1)
+    mode: str = option("lambda", "lambda or sigma (official)", choices=("lambda", "time"))
+    start: str = option("auto", "hand-made grid; auto: the best", choices=("auto", *GRIDS))
+    schedule: str | None = option(None, "schedule.json to start from instead")
+    objective: str | None = option(None, "soft: latents move", choices=("soft", "hard"))
+    times: str = option("decoupled", "learn theta2?", choices=("decoupled", "coupled"))
+    distance: str | None = option(None, "d of the loss", choices=DISTANCES)
+    optimizer: str | None = option(None, "of the grid (official: rmsprop)", choices=OPTIMIZERS)
     steps: int | None = option(None, "updates; 0: only measure (official: 175)", low=0)
-    theta1_steps: int | None = option(None, "of these, theta1 only (official: 50)", low=0)
+    theta1_steps: int | None = option(None, "updates before theta2's (official: 50)", low=0)
     train_n: int | None = option(None, "training latents (official: 50)", low=1)
     valid_n: int | None = option(None, "validation latents (official: 50)", low=1)
     batch_size: int | None = option(None, "latents per update (official: 2)", low=1)
-    lr1: float | None = option(None, "rate, theta1, RMSprop (official: 5e-3)", above=0)
-    lr2: float | None = option(None, "theta2, SGD, by 1 / N (official: 0.1)", above=0)
-    lr_latent: float | None = option(None, "of latents, by 1 / N (official: 12)", above=0)
-    radius: float = option(0.001, "of the ball, times H W C / N^2 (official)", low=0)
-    export: str | None = option(None, "folder for diffusers: the grid as a scheduler of its own")
+    valid_every: int | None = option(None, "updates per validation (official: 1)", low=1)
+    lr1: float | None = option(None, "learning rate of theta1 (official: 5e-3)", above=0)
+    lr2: float | None = option(None, "of theta2; SGD's is over NFE (official: 0.1)", above=0)
+    lr_latent: float = option(12.0, "of the latents, over NFE (official)", above=0)
+    radius: float = option(0.001, "of their ball, times H W C / NFE^2 (official)", low=0)
+    export: str | None = option(None, "folder for diffusers: the grid as its scheduler")
     checkpoint: bool = option(False, "recompute evaluations in the backward pass")
 
     def __post_init__(self):
@@ -154,75 +171,77 @@ class Config(SolverOptions):
         orders = ORDERS[self.solver]
         self.order = self.order or min(3, orders[-1])
         require(self.order in orders, "order", self.order, f"{self.solver} offers {orders}")
-        right = f"must be at least --batch-size {self.batch_size}"
-        require(self.train_n >= self.batch_size, "train_n", self.train_n, right)
-        found = importlib.util.find_spec("lpips")
-        self.distance = self.distance or ("lpips" if found else "features")
-        start = self.grid("logsnr" if self.mode == "lambda" else "uniform")
-        self.start = load_schedule(self.schedule, start) if self.schedule else (start, start)
+        message = f"must be at least --batch-size {self.batch_size}"
+        require(self.train_n >= self.batch_size, "train_n", self.train_n, message)
+        kinds = GRIDS if self.start == "auto" else (self.start,)
+        self.starts = {kind: (self.grid(kind), self.grid(kind)) for kind in kinds}
+        if self.schedule:
+            self.starts = {self.schedule: load_schedule(self.schedule, self.grid("edm"))}
+        if self.steps and self.times == "coupled":
+            self.starts = {kind: (sigmas, sigmas) for kind, (sigmas, _) in self.starts.items()}
         check_export(self)
 
     def grid(self, kind):
         return sigma_grid(kind, self.n, self.sigma_min, self.sigma_max)
 
+    def student(self):
+        options = {"variant": self.variant} if self.solver == "unipc" else {}
+        return partial(SOLVERS[self.solver], order=self.order, **options)
 
-# Official: configs/*.yml, trainer.py, utils.py.
-_OFFICIAL = dict(
-    steps=175, theta1_steps=50, train_n=50, valid_n=50, batch_size=2, lr1=5e-3, lr2=0.1,
-    lr_latent=12.0, eval_n=50_000, eval_batch=256,
+
+# Large data: the official values for pixel models (configs/cifar10.yml, trainer.py, utils.py),
+# except --start auto (theirs: logsnr) and --valid-every 5 (theirs: 1). The official values for
+# latent models: --mode time --variant bh2 --batch-size 1 --lr2 .001 --steps 250
+# --theta1-steps 100.
+_LARGE = dict(
+    distance="lpips" if importlib.util.find_spec("lpips") else "features", objective="soft",
+    optimizer="rmsprop", steps=175, theta1_steps=50, train_n=50, valid_n=50, batch_size=2,
+    valid_every=5, lr1=5e-3, lr2=0.1, eval_n=50_000, eval_batch=256,
 )
-_SMALL = dict(distance="l2", train_n=100, batch_size=10, lr2=2.0, eval_n=1024)
+_SMALL = dict(
+    distance="l2", objective="hard", optimizer="adam", steps=50, theta1_steps=0, train_n=400,
+    valid_n=256, batch_size=40, valid_every=10, lr1=0.05, lr2=0.05, eval_n=1024, eval_batch=256,
+)
 PRESETS = {
-    "digits": {**_OFFICIAL, **_SMALL},
-    "mnist": {**_OFFICIAL, **_SMALL, "eval_batch": 32},
-    "cifar10": _OFFICIAL,
-    "imagenet64": {**_OFFICIAL, "eval_batch": 128},
-    "folder": {**_OFFICIAL, **_SMALL, "eval_n": 500, "eval_batch": 50},
-    "folder-gpu": {**_OFFICIAL, "eval_n": 10_000},
+    "digits": _SMALL,
+    "mnist": {**_SMALL, "eval_batch": 32},
+    "cifar10": _LARGE,
+    "imagenet64": {**_LARGE, "eval_batch": 128},
+    "folder": {**_SMALL, "eval_n": 500, "eval_batch": 50},
+    "folder-gpu": {**_LARGE, "eval_n": 10_000},
 }
 SMOKE = dict(
-    steps=4, theta1_steps=2, train_n=4, valid_n=2, batch_size=2, eval_n=32, eval_batch=32
+    steps=4, theta1_steps=2, train_n=4, valid_n=2, batch_size=2, valid_every=2, eval_n=32,
+    eval_batch=32,
 )
-
-
-def make_distance(config, device):
-    """d(x, y) -> (B,) for images (B, C, H, W) in [-1, 1]."""
-    if config.distance == "l2":
-        return lambda x, y: (x - y).square().flatten(1).mean(1)
-    if config.distance == "features":
-        steps = config.classifier_steps
-        classifier = load_classifier(config.dataset, device, 0, config.data_dir, steps)
-        return partial(feature_distance, classifier)
-    load = lambda: importlib.import_module("lpips").LPIPS(net="vgg", verbose=False)
-    vgg = pretrained(load, "distance lpips", "choose l2 or features").to(device)
-    vgg.eval().requires_grad_(False)
-    return lambda x, y: vgg(*(z.float().expand(-1, 3, -1, -1) for z in (x, y))).flatten()
 
 
 # --- training
 
 
 def train(config, run, teacher, distance):
-    """Learn the grid: sigmas, sigmas_net (n+1,). Under torchrun all ranks do the same."""
+    """Learn the grid: sigmas, sigmas_net (n+1,).
+
+    It is the start if nothing better is found on the validation latents. Under torchrun all
+    ranks do the same.
+    """
     grid = TimeGrid(config.n, config.sigma_min, config.sigma_max, config.mode)
-    sigmas, sigmas_net = config.start
-    grid.set_to(sigmas, sigmas_net if config.times == "decoupled" else sigmas)
-    solver = partial(SOLVERS[config.solver], order=config.order)
-    radius = config.radius * torch.Size(teacher.net.img_shape).numel() / config.n**2
+    solver = config.student()
+    radius = config.radius * torch.Size(teacher.net.img_shape).numel() / config.nfe**2
 
-    # Training, then validation latents; the evaluation has the seeds 0, 1, 2, ...
-    rows = torch.arange(config.train_n + config.valid_n, device=run.device)
-    seeds = rows + 10**6 * (config.seed + 1)
-    origin = noise_from_seeds(seeds, teacher.net.img_shape, run.device)  # (M, C, H, W)
+    # Training latents, then validation latents; the evaluation has the seeds 0, 1, 2, ...
+    indices = torch.arange(config.train_n + config.valid_n, device=run.device)
+    seeds = indices + 10**6 * (config.seed + 1)
+    origin = noise_from_seeds(seeds, teacher.net.img_shape, run.device)  # z (M, C, H, W)
 
-    def model(i):
+    def denoiser_for(i):
         return with_labels(teacher, labels_for(seeds[i], teacher.net.label_dim, run.device))
 
-    parts = rows.split(config.eval_batch)
-    target = torch.cat([teacher_samples(config, model(i), origin[i]) for i in parts])
+    batches = indices.split(config.eval_batch)
+    target = torch.cat([teacher_samples(config, denoiser_for(i), origin[i]) for i in batches])
 
     def loss_fn(latents, i):
-        denoiser = model(i)
+        denoiser = denoiser_for(i)
         if config.checkpoint:
             denoiser = partial(checkpoint, denoiser, use_reentrant=False)
         x = config.sigma_max * latents
@@ -230,20 +249,34 @@ def train(config, run, teacher, distance):
 
     @torch.no_grad()
     def validate():
-        parts = rows[config.train_n :].split(config.eval_batch)
-        return torch.cat([loss_fn(origin[i], i) for i in parts]).double().mean().item()
+        """The loss of each validation latent, (V,): two grids are compared on the same ones."""
+        batches = indices[config.train_n :].split(config.eval_batch)
+        return torch.cat([loss_fn(origin[i], i) for i in batches]).double()
 
-    optimizer1 = torch.optim.RMSprop([grid.theta1], config.lr1, momentum=0.9)
-    optimizer2 = torch.optim.SGD([grid.theta2], config.lr2 / config.n)
-    state = State(latents=origin[: config.train_n].clone(), lr_latent=config.lr_latent / config.n)
-    vars(state).update(moved=origin.new_zeros(()), loss=validate(), bad=0)
-    state.best = copy.deepcopy(grid.state_dict())
+    start_losses = {}
+    for kind, levels in config.starts.items():
+        grid.set_to(*levels)
+        start_losses[kind] = validate()
+    start = min(start_losses, key=lambda kind: start_losses[kind].mean())
+    grid.set_to(*config.starts[start])
+    if config.optimizer == "adam":
+        optimizer1 = torch.optim.Adam([grid.theta1], config.lr1)
+        optimizer2 = torch.optim.Adam([grid.theta2], config.lr2)
+    else:
+        optimizer1 = torch.optim.RMSprop([grid.theta1], config.lr1, momentum=0.9)
+        optimizer2 = torch.optim.SGD([grid.theta2], config.lr2 / config.nfe)
+    state = State(
+        best=copy.deepcopy(grid.state_dict()), losses=start_losses[start], bad=0,
+        latents=origin[: config.train_n].clone(), lr_latent=config.lr_latent / config.nfe,
+        moved=origin.new_zeros(()),
+    )
     run.resume(grid=grid, optimizer1=optimizer1, optimizer2=optimizer2, state=state)
-    batches = config.train_n // config.batch_size
+    batches = config.train_n // config.batch_size  # in a round over the training latents
     for step in run.steps(config.steps, "learning the grid"):
         rng = torch.Generator().manual_seed(config.seed * 10**6 + step // batches)
         order = torch.randperm(config.train_n, generator=rng).to(run.device, non_blocking=True)
-        i = order[step % batches * config.batch_size :][: config.batch_size]
+        first = step % batches * config.batch_size
+        i = order[first : first + config.batch_size]
         latents = state.latents[i].requires_grad_(config.objective == "soft")
         losses = loss_fn(latents, i)  # (B,)
         run.loss = losses.mean()
@@ -251,32 +284,46 @@ def train(config, run, teacher, distance):
         run.loss.backward()
         for theta in grid.parameters():
             nn.utils.clip_grad_norm_(theta, 1.0)
+        if config.optimizer == "adam":
+            decay = (1 + math.cos(math.pi * step / config.steps)) / 2
+            optimizer1.param_groups[0]["lr"] = decay * config.lr1
+            optimizer2.param_groups[0]["lr"] = decay * config.lr2
         optimizer1.step()
         if step >= config.theta1_steps and config.times == "decoupled":
             optimizer2.step()
 
-        if config.objective == "soft":  # keep a move if it lowers the loss on the new grid
-            with torch.no_grad():
+        if config.objective == "soft":
+            with torch.no_grad():  # a moved latent, new grid, against the unmoved one, old grid
                 moved = project(latents - state.lr_latent * latents.grad, origin[i], radius)
                 better = loss_fn(moved, i) < losses
                 state.latents[i] = torch.where(better.view(-1, 1, 1, 1), moved, latents)
                 state.moved += better.sum()
-            if (step + 1) % batches == 0:  # a round is over: halve the rate if none moved
-                state.lr_latent /= 1 if state.moved else 2
+            if (step + 1) % batches == 0:  # the end of a round in which no latent moved
+                if state.moved == 0:
+                    state.lr_latent /= 2
                 state.moved.zero_()
 
-        if (step + 1) % 5 == 0 or step + 1 == config.steps:
-            loss = validate()
-            run.log(step=step, validation=loss)
+        if (step + 1) % config.valid_every == 0 or step + 1 == config.steps:
+            losses = validate()
+            run.log(step=step, validation=losses.mean().item())
             state.bad += 1
-            if loss < state.loss:
-                state.best, state.loss, state.bad = copy.deepcopy(grid.state_dict()), loss, 0
-            if state.bad == 5:  # a plateau: back to the best, slower
+            if losses.mean() < state.losses.mean():
+                state.best, state.losses, state.bad = copy.deepcopy(grid.state_dict()), losses, 0
+            if state.bad == 5 and config.optimizer == "rmsprop":
+                # A plateau: reload the best grid, both learning rates x 0.8.
                 state.bad = 0
                 grid.load_state_dict(state.best)
                 for optimizer, floor in ((optimizer1, 5e-5), (optimizer2, 1e-6)):
                     group, = optimizer.param_groups
                     group["lr"] = min(group["lr"], max(0.8 * group["lr"], floor))
+
+    gain = start_losses[start] - state.losses  # (V,), paired
+    error = gain.std().item() / len(gain) ** 0.5
+    run.say(f"validation: {start} {start_losses[start].mean():.5f}, learned "
+            f"{state.losses.mean():.5f}, paired difference {gain.mean():.5f} +- {error:.5f}")
+    if gain.mean() <= 0:
+        run.say(f"nothing better than the start was found: the row ld3 is the {start} grid")
+        return config.starts[start]
     grid.load_state_dict(state.best)
     with torch.no_grad():
         return tuple(from_first_rank(levels) for levels in grid())
@@ -294,10 +341,10 @@ def main():
         about = {k: getattr(config, k) for k in ("solver", "order", "nfe", "dataset")}
         save_schedule(run.out / "schedule.json", *grids["ld3"], **about)
     elif config.schedule:
-        grids["ld3"] = config.start
+        grids["ld3"] = config.starts[config.schedule]
     export_grid(config, teacher, *grids.get("ld3", (None, None)))
 
-    solver = partial(SOLVERS[config.solver], order=config.order)
+    solver = config.student()
 
     def student(noise, labels, grid):
         x, (sigmas, sigmas_net) = config.sigma_max * noise, grid

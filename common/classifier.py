@@ -4,6 +4,7 @@
 
 Those of `digits` and `mnist` with seed 0 are in the repository.
 """
+import importlib
 import sys
 import time
 from dataclasses import dataclass
@@ -294,6 +295,42 @@ def load_classifier(dataset_name, device, seed=0, data_dir=None, steps=None):
         if not path.exists():
             save_classifier(path, *train_classifier(dataset_name, seed, device, data_dir, steps))
     return read_classifier(path, device)
+
+
+# ---------------------------------------------------------------- distances of images
+
+
+def feature_distance(classifier, x, y):
+    """(B,): LPIPS (Zhang et al. 2018) with the weight 1 for each of a classifier's features.
+
+    At every position of a feature map (B, c, h, w) the c activations are scaled to norm 1;
+    squared differences are summed over them, averaged over positions, summed over maps.
+    """
+    distance = 0
+    for a, b in zip(classifier.feature_maps(x.float()), classifier.feature_maps(y.float())):
+        difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
+        distance = distance + difference.square().sum(1).flatten(1).mean(1)
+    return distance
+
+
+def make_distance(config, device):
+    """d(x, y) -> (B,) for images (B, C, H, W) in [-1, 1], as --distance names it.
+
+    l2: the mean square difference; rms: its root; features: `feature_distance`; lpips: LPIPS on
+    VGG, for which the package lpips must be installed.
+    """
+    if config.distance == "l2":
+        return lambda x, y: (x - y).square().flatten(1).mean(1)
+    if config.distance == "rms":  # the constant: at 0 the root has no gradient
+        return lambda x, y: ((x - y).square().flatten(1).mean(1) + 1e-12).sqrt()
+    if config.distance == "features":
+        steps = config.classifier_steps
+        classifier = load_classifier(config.dataset, device, 0, config.data_dir, steps)
+        return partial(feature_distance, classifier)
+    load = lambda: importlib.import_module("lpips").LPIPS(net="vgg", verbose=False)
+    vgg = pretrained(load, "distance lpips", "choose l2 or features").to(device)
+    vgg.eval().requires_grad_(False)
+    return lambda x, y: vgg(*(z.float().expand(-1, 3, -1, -1) for z in (x, y))).flatten()
 
 
 @dataclass

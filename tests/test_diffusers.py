@@ -167,9 +167,9 @@ def test_classes_reach_the_network(tmp_path):
 # --------------------------------------------------------------------------- and back
 
 
-def exported(folder, solver, order, denoiser, sigmas):
+def exported(folder, solver, order, denoiser, sigmas, variant="bh1"):
     """The scheduler that the written loader makes."""
-    config = SimpleNamespace(export=str(folder), solver=solver, order=order)
+    config = SimpleNamespace(export=str(folder), solver=solver, order=order, variant=variant)
     export_grid(config, denoiser, sigmas, sigmas)
     spec = importlib.util.spec_from_file_location("ld3_scheduler", folder / "ld3_scheduler.py")
     module = importlib.util.module_from_spec(spec)
@@ -186,6 +186,7 @@ def learned_grid(low, high, n=7):
 
 RULES = [  # solver and order, steps, sigma_max over the model's
     (("euler", 1), 7, 1), (("dpmpp", 2), 16, 1), (("dpmpp", 3), 7, 1), (("unipc", 2), 7, 1),
+    (("unipc", 2, "bh2"), 7, 1),
     (("unipc", 3), 7, 10),  # its first two levels have the same, last timestep
 ]  # fmt: skip
 
@@ -197,17 +198,25 @@ def test_the_exported_scheduler_samples_as_our_solver(tmp_path, prediction, beta
     denoiser = load(tmp_path / "model")
     low, high = diffusers_teachers.sigma_range(tmp_path / "model")
     noise = noise_from_seeds(range(4), (1, 4, 4))
-    for (solver, order), steps, above in RULES:
+    own = denoiser.scheduler
+    for (solver, order, *variant), steps, above in RULES:
         sigmas = learned_grid(low, above * high, steps)
-        scheduler = exported(tmp_path / "export", solver, order, denoiser, sigmas)
+        keeps = steps == 16  # a model whose scheduler ends at sigma_min; the others end at 0
+        denoiser.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+            own.config, final_sigmas_type="sigma_min" if keeps else "zero"
+        )
+        scheduler = exported(tmp_path / "export", solver, order, denoiser, sigmas, *variant)
+        more = {"variant": variant[0]} if variant else {}
+        if not keeps:
+            sigmas[-1] = 0
         for _ in range(2):  # the second time as the first
             scheduler.set_timesteps(50)
             z = noise.float() * scheduler.init_noise_sigma
             for t in scheduler.timesteps:
                 model_output = unet(scheduler.scale_model_input(z, t), t).sample
                 z = scheduler.step(model_output, t, z).prev_sample
-        theirs = z.double() * (1 + low**2) ** 0.5
-        ours = SOLVERS[solver](denoiser, above * high * noise, sigmas, order=order)
+        theirs = z.double() * (1 + sigmas[-1] ** 2) ** 0.5
+        ours = SOLVERS[solver](denoiser, above * high * noise, sigmas, order=order, **more)
         size = max(1, theirs.abs().max())  # of eps with random weights: hundreds
         torch.testing.assert_close(ours / size, theirs / size, rtol=0, atol=2e-5)
 
@@ -223,6 +232,7 @@ def test_a_pipeline_makes_our_images(tmp_path, solver, order):
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "model")
     pipeline.scheduler = exported(tmp_path / "export", solver, order, denoiser, sigmas)
     pipeline.set_progress_bar_config(disable=True)
+    sigmas[-1] = 0  # as with diffusers' own schedulers, no noise stays
     seed = partial(torch.Generator().manual_seed, 3)
     images = pipeline(batch_size=4, generator=seed(), output_type="np").images
     noise = torch.randn(4, 1, 4, 4, generator=seed()).double()

@@ -11,10 +11,11 @@ from common.machinery.ranks import rank_and_world
 
 # Euler in sigma is DPM-Solver++ of order 1, whose pipelines need no rescaled input.
 SCHEDULERS = {
-    "euler": ("DPMSolverMultistepScheduler", {}),
-    "dpmpp": ("DPMSolverMultistepScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {"solver_type": "bh1"}),
+    "euler": "DPMSolverMultistepScheduler",
+    "dpmpp": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
 }
+ALMOST_ZERO = 1e-8  # a last level that removes all noise; with 0 itself, UniPC's bh1 is inf * 0
 LOADER = '''"""The time grid that LD3 learned. With this folder on sys.path:
 
     pipe = diffusers.DDPMPipeline.from_pretrained(MODEL)
@@ -53,7 +54,8 @@ def check_export(config):
     folder = config.export
     if folder is None:
         return
-    coupled = config.times == "coupled" if config.steps else torch.equal(*config.start)
+    (start, start_net), *_ = config.starts.values()
+    coupled = config.times == "coupled" if config.steps else torch.equal(start, start_net)
     of_diffusers = config.teacher is not None and is_diffusers(config.teacher)
     for good, right in (
         (of_diffusers, "--teacher must be a model of diffusers"),
@@ -70,16 +72,21 @@ def export_grid(config, teacher, sigmas, sigmas_net):
     """Write scheduler_config.json, grid.json and ld3_scheduler.py into --export (rank 0).
 
     Timesteps are fractional. diffusers' z is x / sqrt(1 + sigma^2): its first noise has the
-    standard deviation init_noise_sigma, which is next to 1.
+    standard deviation init_noise_sigma, which is next to 1. As diffusers' own schedulers, and
+    unless the model's has final_sigmas_type "sigma_min", the last step removes all noise.
     """
     if config.export is None or rank_and_world()[0] > 0:
         return
     import diffusers
 
-    folder, (name, options) = Path(config.export), SCHEDULERS[config.solver]
-    scheduler = getattr(diffusers, name).from_config(
-        teacher.scheduler.config, solver_order=config.order, **options
+    folder, name = Path(config.export), SCHEDULERS[config.solver]
+    options = {"solver_type": config.variant} if config.solver == "unipc" else {}
+    own = teacher.scheduler.config
+    scheduler = getattr(diffusers, name).from_config(  # "zero": the last step has order 1
+        own, solver_order=config.order, final_sigmas_type="zero", **options
     )
+    if own.get("final_sigmas_type", "zero") == "zero":
+        sigmas = torch.cat([sigmas[:-1], torch.tensor([ALMOST_ZERO])])
     timesteps = teacher.timestep(sigmas[:-1].to(teacher.log_sigmas.device))
     grid = {
         "scheduler": name,
