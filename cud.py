@@ -191,7 +191,7 @@ class Config(NetworkOptions):
     distill_n: int | None = option(None, "noise images of the one-step stage", above=0)
     distill_lr: float | None = option(None, "learning rate of the one-step stage", above=0)
     nfe: tuple[int, ...] = option((1, 2, 4, 8, 16), "network evaluations")
-    sampler: tuple[str, ...] = option(("euler/even",), "SOLVER/GRID of each row: unipc3/cosine ...")
+    sampler: tuple[str, ...] | None = option(None, "SOLVER/GRID of each row: unipc3/cosine ...")
 
     def __post_init__(self):
         complete(self, PRESETS, SMOKE)
@@ -209,13 +209,14 @@ _CIFAR10 = dict(
     model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,),
     dropout=0.13, encoder_channels=32, conditional=False, flip=True, steps=500_000,
     batch_size=128, lr=2e-4, warmup=5000, distill_steps=40_000, distill_n=50_000,
-    distill_lr=2e-4, eval_n=50_000, eval_batch=256,
+    distill_lr=2e-4, sampler=("euler/even",), eval_n=50_000, eval_batch=256,
 )
 _DIGITS = dict(
     tn=160, adaptive_weight=True, independent=True, shakedrop=False, phi=0.75, arch="ddpmpp",
     model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0,
     encoder_channels=16, conditional=False, flip=False, steps=1500, batch_size=64, lr=2e-3,
-    warmup=100, distill_steps=120, distill_n=4096, distill_lr=5e-4, eval_n=2048, eval_batch=256,
+    warmup=100, distill_steps=120, distill_n=4096, distill_lr=5e-4,
+    sampler=("euler/even", "unipc3/even"), eval_n=2048, eval_batch=256,
 )
 PRESETS = {
     "digits": _DIGITS,

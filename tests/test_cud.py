@@ -40,7 +40,7 @@ NOTEBOOK = json.loads((ROOT / "notebooks" / "5_cud.ipynb").read_text(encoding="u
 TINY = dict(
     tn=16, adaptive_weight=False, model_channels=8, channel_mult=(1,), num_blocks=1,
     attn_resolutions=(), encoder_channels=8, batch_size=4, warmup=2, device="cpu",
-    distill_steps=0, distill_n=6, eval_batch=4,
+    distill_steps=0, distill_n=6, eval_batch=4, sampler=("euler/even",),
 )  # fmt: skip
 
 
@@ -867,6 +867,7 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
     assert {p.name for p in (tmp_path / "a").iterdir()} >= files
     rows = results(tmp_path / "a")["results"]
     names = ("cud", "rectified-flow", "rectified-flow-equal-compute")
+    names = [name + how for name in names for how in ("", " (unipc3, even)")]
     expected = [(name, nfe) for name in names for nfe in (1, 2)] + [("cud-1step", 1)]
     expected += list(untrained_samplers("digits", (1, 2), "cpu"))
     assert [(row["name"], row["nfe"]) for row in rows] == expected
