@@ -16,7 +16,7 @@ from common.classifier import load_classifier
 from common.diffusion import GRIDS, Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
 from common.machinery.run import Run
 from common.machinery.schedule import save_schedule
-from common.solvers import SOLVERS, dpmpp, ipndm, unipc
+from common.solvers import ORDERS, SOLVERS, dpmpp, ipndm, unipc
 from common.unet import ddpmpp
 from scripts import EVERYWHERE, assert_refused, calls_under_bfloat16, run_script
 from toy import Toy, five_blobs
@@ -534,6 +534,59 @@ def test_smoke_run_leaves_everything_and_the_schedule_reads_back(monkeypatch, tm
     measured = {row["name"]: row for row in metrics["results"]}
     assert measured["ld3"] == rows["ld3"]
     assert not (tmp_path / "b" / "schedule.json").exists()
+
+
+@pytest.mark.parametrize(
+    "solver, nfe, n, options",
+    [
+        ("unipc", 5, 5, {}),
+        ("unipc", 4, 4, {"order": 2, "variant": "bh2"}),
+        ("heun", 6, 3, {}),
+        ("dpmpp", 4, 4, {"order": 2, "sigma_max": 40, "teacher_nfe": 7}),
+    ],
+)
+def test_every_row_is_sampled_as_its_name_says(
+    toy, tmp_path, monkeypatch, solver, nfe, n, options
+):
+    """A recording denoiser: how often it is evaluated, at which levels, and the result."""
+    highest = options.pop("sigma_max", 80)
+    sigmas = sigma_grid("edm", n, 0.002, highest)
+    sigmas_net = sigmas.clone()
+    sigmas_net[1:-1] *= 0.9
+    save_schedule(tmp_path / "schedule.json", sigmas, sigmas_net)
+    samplers, levels, rows = {}, [], [{"name": "ld3", "nfe": nfe}]
+
+    class Recorder(Toy):
+        def forward(self, x, sigma, labels=None):
+            levels.append(float(sigma))
+            return super().forward(x, sigma)
+
+    teacher = Recorder(toy.means, toy.stds)
+    monkeypatch.setattr(ld3, "load_teacher", lambda *arguments: teacher)
+    monkeypatch.setattr(ld3, "measure", lambda run, s, *a, **k: samplers.update(s) or (rows, {}))
+    monkeypatch.setattr(ld3, "save_rows", lambda *arguments: None)
+    given = {"solver": solver, "nfe": nfe, "sigma_max": highest, "out": tmp_path / "run", **options}
+    flags = [part for k, v in given.items() for part in (f"--{k.replace('_', '-')}", v)]
+    schedule = ("--schedule", tmp_path / "schedule.json")
+    run_main(monkeypatch, "--smoke", "--steps", 0, "--device", "cpu", *schedule, *flags)
+    teacher_nfe = options.pop("teacher_nfe", 20)
+    assert set(samplers) == {(k, nfe) for k in (*GRIDS, "ld3")} | {("teacher", teacher_nfe)}
+    noise = noise_from_seeds(range(3), (1, 2, 2))
+    options = {"order": min(3, ORDERS[solver][-1]), **options}
+    for (name, count), sampler in samplers.items():
+        levels.clear()
+        result, evaluated = sampler(noise, None), levels[:]
+        assert len(evaluated) == count
+        if name == "teacher":
+            grid = sigma_grid("edm", teacher_nfe, 0.002, highest)
+            expected = unipc(toy, highest * noise, grid, order=3)
+        else:
+            grid = sigmas if name == "ld3" else sigma_grid(name, n, 0.002, highest)
+            net = sigmas_net if name == "ld3" else grid
+            assert set(evaluated) <= set(net.tolist())
+            solve = partial(SOLVERS[solver], sigmas_net=net, **options)
+            expected = solve(toy, highest * noise, grid)
+        torch.testing.assert_close(result, expected)
 
 
 def test_schedule_is_what_diffusers_takes(tmp_path):
