@@ -11,7 +11,9 @@ evaluations a step, so that odd counts are not theirs. With one evaluation all s
 are the same: DDIM's one step stands for all.
 
 A cell is measured once: a run that was stopped goes on, and one with more solvers, grids or counts
-measures those. --keep writes notebooks/results/DATASET-grids/metrics.json, and the pair of lowest
+measures those. The kept tables are not full. Digits: UniPC-3 on all grids, all solvers on cosine,
+iPNDM and DEIS-2 with 2 and 3 evaluations on edm, vp and logsnr. MNIST: UniPC-3 on all grids, few
+others on cosine. --keep writes notebooks/results/DATASET-grids/metrics.json, and the pair of lowest
 FID* at each count into common/assets/untrained.json, which every script compares itself with.
 """
 import json
