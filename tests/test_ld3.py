@@ -481,7 +481,8 @@ def plain_training(c, teacher, distance):
             {"optimizer": "adam", "objective": "hard", "start": "auto", "lr2": 0.05},
             ["clipped theta1"],
         ),
-        ({"solver": "heun", "nfe": 6, "times": "coupled", "start": "edm"}, ["moved", "plateau"]),
+        ({"solver": "heun", "nfe": 6, "start": "edm"}, ["moved", "refused"]),
+        ({"solver": "dpmpp", "times": "coupled", "start": "vp"}, ["moved", "plateau"]),
     ],
 )
 def test_training_is_that_of_a_plain_loop(tmp_path, options, expected):
