@@ -103,23 +103,36 @@ def ld3(dataset):
 
 
 def dode(dataset):
-    head = ["solver", "NFE", "seeds", "RMSE", "distilled", "ratio", "FID\\*", "distilled"]
-    groups = {}
+    """Solvers, plain and distilled, on each grid; then what needs no fit, in the same runs."""
+    head = ["solver", "grid", "NFE", "seeds", "RMSE", "distilled", "ratio", "FID\\*", "distilled"]
+    groups, free = {}, {}
     for run in read(f"{dataset}-compare/dode") + read(f"{dataset}-dode*"):
-        for nfe in run["config"]["nfe"]:
-            for solver in run["config"]["solver"]:
-                groups.setdefault((nfe, solver), []).append(run)
-    rows = []
-    for (nfe, solver), runs in sorted(groups.items(), key=lambda group: group[0][0]):
-        cells = [solver, nfe, len(runs)]
+        grids = {}  # a run of several grids says each row's
+        for row in run["results"]:
+            grids[row["name"], row["nfe"]] = row.get("grid", run["config"]["grid"])
+        for (name, nfe), grid in grids.items():
+            if name.startswith("d-"):
+                groups.setdefault((nfe, name[2:], grid), []).append(run)
+            elif name == "ab2":
+                free.setdefault((nfe, name, grids["ddim", nfe]), []).append(run)
+            elif name.startswith("untrained"):
+                free.setdefault((nfe, name, ""), []).append(run)
+    lines = []
+    for (nfe, solver, grid), runs in sorted([*groups.items(), *free.items()], key=_by_nfe):
+        cells = [solver, grid, nfe, len(runs)]
         for column in ("rmse_to_teacher", "fid"):
             plain = values(runs, solver, nfe, column)
             distilled = values(runs, f"d-{solver}", nfe, column)
-            cells += [number(plain[0]), cell(distilled)]
+            cells += [number(plain[0]), cell(distilled) if distilled else ""]
             if column == "rmse_to_teacher":
-                cells.append(f"{statistics.mean(distilled) / plain[0]:.2f}")
-        rows.append(cells)
-    return markdown(head, rows)
+                ratio = f"{statistics.mean(distilled) / plain[0]:.2f}" if distilled else ""
+                cells.append(ratio)
+        lines.append(cells)
+    return markdown(head, lines)
+
+
+def _by_nfe(group):
+    return group[0][0]
 
 
 def pd_cfd(dataset, *longer):
