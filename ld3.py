@@ -318,7 +318,7 @@ def train(config, run, teacher, distance):
                     group["lr"] = min(group["lr"], max(0.8 * group["lr"], floor))
 
     gain = start_losses[start] - state.losses  # (V,), paired
-    error = gain.std().item() / len(gain) ** 0.5
+    error = gain.std(correction=0).item() / len(gain) ** 0.5
     run.say(f"validation: {start} {start_losses[start].mean():.5f}, learned "
             f"{state.losses.mean():.5f}, paired difference {gain.mean():.5f} +- {error:.5f}")
     if gain.mean() <= 0:
