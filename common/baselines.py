@@ -9,10 +9,9 @@ from functools import cache
 
 import torch
 
-from common.datasets import ASSETS
+from common.datasets import ASSETS, say_once
 from common.diffusion import GRIDS, ddim_levels, sigma_grid, with_labels
 from common.machinery.options import require
-from common.machinery.ranks import rank_and_world
 from common.solvers import ORDERS, SOLVERS, heun, steps_for
 from common.teacher import SHIPPED, load_teacher
 
@@ -43,12 +42,6 @@ def solver_name(solver, order):
     return solver if len(ORDERS[solver]) == 1 else f"{solver}{order}"
 
 
-@cache  # said once
-def _say(line):
-    if rank_and_world()[0] == 0:
-        print(line)
-
-
 def untrained_sampler(teacher, dataset, nfe, sigma_min=0.002, sigma_max=80.0):
     """The best that costs nothing at `nfe` evaluations: (name of the row, sampler).
 
@@ -57,8 +50,10 @@ def untrained_sampler(teacher, dataset, nfe, sigma_min=0.002, sigma_max=80.0):
     """
     solver, order, grid = best_untrained(dataset, nfe)
     if str(nfe) not in _measured().get(dataset, {}):
-        _say(f"untrained: solvers and grids were not measured on {dataset} with {nfe} "
-             f"evaluations; {solver_name(solver, order)} on the {grid} grid stands for the best")
+        say_once(
+            f"untrained: solvers and grids were not measured on {dataset} with {nfe} evaluations; "
+            f"{solver_name(solver, order)} on the {grid} grid stands for the best"
+        )
     sigmas = sigma_grid(grid, steps_for(solver, nfe), sigma_min, sigma_max)
 
     def sampler(noise, labels):

@@ -24,10 +24,7 @@ from common.machinery.pickles import one_line
 from common.machinery.ranks import rank_and_world
 
 SHAPES = {
-    "digits": (1, 8, 8),
-    "mnist": (1, 28, 28),
-    "cifar10": (3, 32, 32),
-    "imagenet64": (3, 64, 64),
+    "digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet64": (3, 64, 64),
 }
 ASSETS = Path(__file__).parent / "assets"
 AHEAD = 2  # batches that a Stream fetches before they are asked for
@@ -80,7 +77,7 @@ def load_dataset(name, split="train", data_dir=None, device="cpu"):
         read = read_downsampled if is_downsampled(path) else read_folder
         images, labels, num_classes, split, about = load_source(path, split, read)
         height, width = images.shape[2:]
-        _say(f"{one_line(path)}: {len(images):,} images of {height}x{width}, {about}")
+        say_once(f"{one_line(path)}: {len(images):,} images of {height}x{width}, {about}")
     else:
         raise UsageError(f"--dataset {name}: unknown, choose one of {', '.join(DATASETS)}")
     mapped = isinstance(images, np.memmap)
@@ -165,8 +162,9 @@ def class_shares(name, data_dir):
     return counts.double() / len(used) if classes else None
 
 
-@functools.cache  # each line once
-def _say(line):
+@functools.cache
+def say_once(line):
+    """Print a line, on rank 0, the first time."""
     if rank_and_world()[0] == 0:
         print(line)
 

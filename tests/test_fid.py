@@ -1,5 +1,6 @@
 """common/fid.py: the distance, the features of the FID network, images that belong to seeds."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -304,6 +305,18 @@ def test_given_inception_weights_are_used(tmp_path, small):
     torch.save({"fc.weight": torch.ones(3)}, tmp_path / "weights.pth")  # another network's
     pattern = "--inception .*weights.pth: not the weights of FID's Inception"
     with pytest.raises(UsageError, match=pattern):
+        feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
+    torch.save({"scale": torch.full((3,), np.nan)}, tmp_path / "weights.pth")
+    with pytest.raises(UsageError, match="weights.pth: weights that are not finite"):
+        feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").unlink()
+    os.mkfifo(tmp_path / "weights.pth")  # opening it would wait
+    with pytest.raises(UsageError, match="weights.pth: not readable .it is not a file"):
+        feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
+    (tmp_path / "weights.pth").unlink()
+    (tmp_path / "weights.pth").touch()
+    os.truncate(tmp_path / "weights.pth", 2**33)
+    with pytest.raises(UsageError, match="weights.pth: not readable .it has 8,589,934,592"):
         feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     with pytest.raises(UsageError, match="--inception .*colour images only"):
         feature_extractor("digits", "cpu", tmp_path / "weights.pth")

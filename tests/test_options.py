@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import io
 import re
 import sys
 from dataclasses import dataclass
@@ -294,3 +295,10 @@ def test_several_values_become_a_tuple_without_repetitions():
     assert completed(nfe=[8, 4, 8]).nfe == (8, 4)  # the order stays
     assert completed(mult=(2, 2, 1)).mult == (2, 2, 1)  # where equal ones mean something
     assert completed({"nfe": 3}, nfe=None).nfe == (3,)
+
+
+def test_a_name_that_the_terminal_lacks_is_printed_all_the_same(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "ascii"))
+    cli(lambda: print("caf\xe9 \udcff", flush=True))
+    assert written.getvalue() == b"caf\\xe9 \\udcff\n"

@@ -7,6 +7,7 @@ from torch import nn
 
 from common import UsageError
 from common.machinery.files import cache_dir, download, locked
+from common.machinery.pickles import Refused, mapped_file, one_line
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"  # its last 8 hex digits begin its SHA-256
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -91,18 +92,18 @@ def load_inception(path, fetch):
         except UsageError as error:
             print(f"{error}. Until then FID uses the data set's own classifier.")
             return None
-    path = path or cached
+    path, reason = path or cached, "not readable"
     try:
+        mapped_file(path, 2**27)  # 96 MB are right
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises anything
-        name = type(error).__name__
-        raise UsageError(f"--inception {path}: not readable ({name}); right is {URL}") from None
-    try:
-        return Inception(weights)
-    except (RuntimeError, TypeError, KeyError, AttributeError):
-        raise UsageError(
-            f"--inception {path}: not the weights of FID's Inception; right is {URL}"
-        ) from None
+        reason = "not the weights of FID's Inception"
+        net = Inception(weights)
+    except Exception as error:  # torch.load raises anything, a foreign file may hold anything
+        name = one_line(error) if isinstance(error, Refused) else type(error).__name__
+        raise UsageError(f"--inception {path}: {reason} ({name}); right is {URL}") from None
+    if not all(w.isfinite().all() for w in net.state_dict().values()):
+        raise UsageError(f"--inception {path}: weights that are not finite; right is {URL}")
+    return net
 
 
 def edm_reference(dataset_name):

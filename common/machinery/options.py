@@ -27,6 +27,8 @@ EVERYDAY = (  # the options of --help; --help-all has the others too
 def cli(main):
     """Run `main()` as a program: `UsageError` -> one line and exit code 2, Ctrl-C -> 130."""
     program = Path(sys.argv[0]).name
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that an ASCII terminal lacks
     try:
         main()
         leave_group()
