@@ -330,7 +330,7 @@ def load_moments(path, extractor):
     """
     try:
         arrays = read_npz(path, ("mu", "sigma"), most=2**28)
-        mu, cov = (np.asarray(a, np.float64) for a in arrays)
+        mu, cov = (np.array(a, np.float64) for a in arrays)
     except Exception as error:  # as above
         raise UsageError(
             f"--reference {path}: not an .npz with `mu` and `sigma` ({one_line(error)})"
