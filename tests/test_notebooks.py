@@ -220,6 +220,9 @@ def test_compare_notebook():
     paid = dict(re.findall(pattern, printed, re.M))
     assert int(paid["LD3"].replace(",", "")) < int(paid["PD"].replace(",", ""))
     assert "GDD-I: never reaches that FID" in printed
+    pattern = rf"^(\d) evaluations: best trained network .* {NUMBER}, .* {NUMBER}$"
+    best = values(pattern, printed)  # training pays at 1 and 2 evaluations, as the text says
+    assert all((best[n][0] < best[n][1]) == (n in "12") for n in "1248")
     six = values(rf"^([\w-]+) +\d+ evaluations: .* {NUMBER}, kept {NUMBER}; RMSE", printed)
     assert len(six) == 8
     assert all(now == pytest.approx(kept, abs=0.02) for now, kept in six.values())
