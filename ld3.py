@@ -29,8 +29,8 @@ Differences from the paper and its official code (github.com/vinhsuhi/LD3, commi
     on the new grid has a lower loss than the unmoved one on the old grid.
  6. UniPC is differentiated through all its coefficients (theirs detaches the ratios r_i).
  7. Plateau: five validations without progress (theirs: the same, but a run's first one
-    lowers no learning rate, theta2's falls only once it is trained, moved latents are
-    reloaded too, each round begins at the best grid, and the lowest rate ends training).
+    lowers no learning rate, theta2's falls only once it is trained, every round begins at
+    the best grid, and the lowest learning rate ends training).
  8. Incomplete batches at the end of a round are left out (theirs: used).
 Digits, 5 evaluations: RMSE to the teacher .082 (best hand-made grid, cosine) -> .079.
     python ld3.py                             # digits: a minute on 2 CPU cores
