@@ -34,7 +34,8 @@ Differences from the paper and its code (D-ODE-Solvers, commit 6dc5a1c):
    reference. Theirs: edm for DDIM and Heun with EDM's networks, and for DDPM's vp (uniform
    VP time) for DDIM, iPNDM, DPM-Solver and DEIS.
 8. CIFAR-10: EDM's unconditional network (theirs: --teacher edm-cifar10-32x32-cond-vp).
-Results beside the strongest alternative that needs no fit: RESULTS.md
+Result on digits, 5 evaluations, cosine grid: RMSE .165 -> .109, FID* 1.55 -> .53 (DDIM);
+with nothing fitted, two-step Adams-Bashforth .123, .64, UniPC-3 .097, .49. RESULTS.md.
     python dode.py                         # digits: a minute
     python dode.py --lambdas lambdas.json  # measure those of an earlier run
 """
