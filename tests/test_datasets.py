@@ -400,10 +400,10 @@ def test_a_layout_is_read_as_it_is_meant_and_what_was_read_is_said(case, packed,
     data = load_dataset("folder", "train", source)
     (line,) = capsys.readouterr().out.splitlines()
     assert corners(data) == train and f"{len(train)} images of 4x4, " in line and said in line
-    assert data.num_classes == (len({*train.values()}) if "2 classes" in line or len(train) > 3 else
-                                data.num_classes)
+    assert data.num_classes == (0 if "no classes" in line else len({*train.values()}))
     held_out = load_dataset("folder", "test", source)
     assert corners(held_out) == (test or train) and held_out.split == ("test" if test else "all")
+    assert held_out.num_classes == (0 if test == {30: 0} else data.num_classes)  # flat
     load_dataset("folder", "train", source)
     assert "train" not in capsys.readouterr().out.replace("no test", "")  # said once
 

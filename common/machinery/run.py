@@ -503,7 +503,7 @@ def table(results, columns, references=None):
         line = f"{', '.join(metrics)} {space}"
         about = [(references or {}).get(metric, {}) for metric in metrics]
         real, noise = (
-            ", ".join(f"{metric[what]:.3g}" for metric in about if what in metric)
+            ", ".join(f"{metric[what]:.4g}" for metric in about if what in metric)
             for what in ("real", "noise")
         )
         if real:
