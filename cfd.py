@@ -34,8 +34,8 @@ Differences from the paper's code (github.com/zju-SWJ/RCFD, commit 14b9a3a):
 As theirs, the learning rate falls along a cosine, in the stages by PD too. progressive.py,
 from whose run --pd takes students and the rows "pd", has PD's own schedule, a line.
 Result on digits, FID [digits-classifier, n=1024] with 4, 2, 1 steps: 0.52, 0.64, 0.93;
-PD 0.52, 0.69, 1.18; UniPC of order 3 on the cosine grid, without training, 0.32, 18, 105.
-More: RESULTS.md
+PD 0.52, 0.69, 1.18; the teacher by the best of our solvers and hand-made grids 0.32, 4.6,
+105. More: RESULTS.md
     python cfd.py                                  # digits: 4 min on 2 CPU cores
     python cfd.py --pd runs/progressive-digits     # start from PD's 8-step student
     python cfd.py --beta 0.003 --gamma 0.75        # with entropy and diversity

@@ -26,8 +26,8 @@ Differences from the paper and its code (google-research/diffusion_distillation)
  6. digits: 16 -> 1 steps, 300 updates a stage, learning rate 5e-4, no flips (theirs for
     CIFAR-10: 8192 -> 1, 50,000, 5e-5, flips).
 Result on digits, FID [digits-classifier, n=1024] with 8, 4, 2, 1 steps: 0.40, 0.52, 0.69,
-1.18; the teacher by DDIM on the same grid 0.67, 2.3, 19, 105; by UniPC of order 3 on the
-cosine grid, without training, 0.18, 0.32, 18, 105. So it pays for 2 steps and 1. RESULTS.md
+1.18; the teacher by DDIM on the same grid 0.67, 2.3, 19, 105; by the best of our solvers and
+hand-made grids 0.18, 0.32, 4.6, 105. So training pays for 2 steps and 1. More: RESULTS.md
     python progressive.py                         # digits, 16 -> 1: 4 min on 2 CPU cores
     python progressive.py --from-steps 4 --teacher RUN/student-4.safetensors --out OTHER
     python progressive.py --prediction eps        # why the paper predicts x or v
