@@ -185,7 +185,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("min(halflife, images_seen * ramp)", "min(halflife, images_seen)"),
         ("min(warmed_up, 1 - step / config.steps)", "min(warmed_up, 1)"),
         ("while sizes[-1] % 2 == 0 and sizes[-1] > 8:", "while sizes[-1] > 8:"),
-        ('state["flow"] = {"phi": denoiser.phi}', "pass"),
+        ('about["flow"] = {"phi": denoiser.phi}', "pass"),
     ],
     ("common/machinery/options.py", "test_options"): [
         ('"at least", lambda bound: value >= bound', '"at least", lambda bound: value > bound'),
