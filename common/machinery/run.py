@@ -503,7 +503,10 @@ def table(results, columns, references=None):
         line = f"{', '.join(metrics)} {space}"
         about = [(references or {}).get(metric, {}) for metric in metrics]
         real, noise = (
-            ", ".join(f"{metric[what]:.4g}" for metric in about if what in metric)
+            ", ".join(  # three digits of a kid, as in the rows
+                f"{known[what]:.{3 if metric.startswith('kid') else 4}g}"
+                for metric, known in zip(metrics, about) if what in known
+            )
             for what in ("real", "noise")
         )
         if real:
