@@ -36,8 +36,9 @@ Differences from the official code (Catch-Up-Distillation, commit 7d271f1):
  8. digits, mnist, folder: all settings are chosen here, for a CPU: adaptive weights,
     TN = 160, no encoder, no ShakeDrop (theirs for mnist: fixed weights, 16, both).
 Digits, FID* of 4 Euler steps: 3.09, rectified flow 5.84; the shipped teacher by UniPC, with
-nothing learned, .32. With the best solver for each, a smaller CUD has .9 of rectified flow's
-FID* at equal iterations and 1.0 at equal compute (2, 4, 8 evaluations). More: RESULTS.md
+nothing learned, .32. With the best solver for each, a smaller CUD has .83, .91, .93 of
+rectified flow's FID* at equal iterations, .94, 1.04, 1.04 at equal compute (2, 4, 8
+evaluations, three seeds): what it gains is mostly Euler's error. More: RESULTS.md
     python cud.py --baseline               # digits: 9 minutes on 2 CPU cores, 5 without
     python cud.py --dataset mnist --rk 34  # three heads
 """
