@@ -18,6 +18,7 @@ TEXTS = [HERE.parent / name for name in ("README.md", "RESULTS.md")]
 sys.path.insert(0, str(HERE.parent))
 
 from common.compare import COUNTS  # noqa: E402
+from common.diffusion import GRIDS  # noqa: E402
 from common.machinery.run import METRICS, table  # noqa: E402
 
 
@@ -73,13 +74,10 @@ def teacher(dataset):
     return markdown(head, rows)
 
 
-HAND_MADE = ("uniform", "quadratic", "logsnr", "edm")
-
-
 def ld3_row(label, runs, nfe):
     cells = [label, nfe, len(runs)]
     for column in ("rmse_to_teacher", "fid"):
-        grids = {name: values(runs, name, nfe, column)[0] for name in HAND_MADE}
+        grids = {name: values(runs, name, nfe, column)[0] for name in GRIDS}
         best = min(grids, key=grids.get)
         learned = values(runs, "ld3", nfe, column)
         cells += [f"{number(grids[best])} ({best})", cell(learned)]
@@ -88,18 +86,47 @@ def ld3_row(label, runs, nfe):
     return cells
 
 
+LD3_DEFAULTS = {"start": "auto", "objective": "hard", "times": "decoupled", "distance": "rmse"}
+
+
 def ld3(dataset):
     head = ["", "NFE", "seeds", "RMSE: best hand-made", "LD3", "ratio"]
     head += ["FID\\*: best hand-made", "LD3"]
     groups = {}
     for run in read(f"{dataset}-ld3-*") + read(f"{dataset}-compare/ld3-*"):
         options = run["config"]
-        changed = [options[key] for key in ("objective", "times", "distance")]
-        usual = ["soft", "decoupled", "l2"]
-        label = ", ".join([options["solver"], *(c for c, u in zip(changed, usual) if c != u)])
+        label = options["solver"]
+        if options["optimizer"] == "rmsprop":
+            label += f", official recipe from {options['start']}"
+        else:
+            changed = [options[key] for key in LD3_DEFAULTS]
+            defaults = LD3_DEFAULTS.values()
+            label = ", ".join([label, *(c for c, usual in zip(changed, defaults) if c != usual)])
         groups.setdefault((label, options["nfe"]), {}).setdefault(run["seed"], run)
     rows = [ld3_row(label, [*runs.values()], nfe) for (label, nfe), runs in sorted(groups.items())]
     return markdown(head, rows)
+
+
+def grids(dataset):
+    """Of each hand-made grid at each count the solver with the lowest FID: FID (RMSE), solver."""
+    table, = read(f"{dataset}-grids") or [{"results": []}]
+    cells = {}
+    for row in table["results"]:
+        if "grid" in row:
+            known = cells.setdefault((row["grid"], row["nfe"]), row)
+            if row["fid"] < known["fid"]:
+                cells[row["grid"], row["nfe"]] = row
+    counts = sorted({nfe for _, nfe in cells if nfe > 1})  # with 1 all are the same
+    lines = []
+    for grid in GRIDS:
+        line = [grid]
+        for nfe in counts:
+            row = cells[grid, nfe]
+            text = f"{number(row['fid'])} ({row['rmse_to_teacher']:.3f}), {row['name'].split(',')[0]}"
+            best = min(cells[other, nfe]["fid"] for other in GRIDS)
+            line.append(f"**{text}**" if row["fid"] == best else text)
+        lines.append(line)
+    return markdown(["network evaluations", *counts], lines)
 
 
 def dode(dataset):
@@ -268,7 +295,7 @@ def readme_ld3():
 
 
 SIX = [  # file, notebook, arXiv, where its loss stands, what is learned, teacher?, network?, series
-    ("ld3", 1, "2405.15506", "trainer.py:216", "the time grid", "yes", "no", "LD3 (UniPC-3)"),
+    ("ld3", 1, "2405.15506", "trainer.py:278", "the time grid", "yes", "no", "LD3 (UniPC-3)"),
     ("dode", 2, "2309.16421", "distilled_sampler.py:4", "a number a step", "yes", "no",
      "D-ODE (DDIM)"),
     ("progressive", 3, "2202.00512", "Eq. 2, Alg. 2", "2 steps in 1", "yes", "yes", "PD"),
@@ -318,6 +345,8 @@ TABLES = {
     "readme_ld3": readme_ld3,
     "readme_methods": readme_methods,
     "digits_ld3": partial(ld3, "digits"),
+    "digits_grids": partial(grids, "digits"),
+    "mnist_grids": partial(grids, "mnist"),
     "digits_dode": partial(dode, "digits"),
     "digits_pd_cfd": partial(pd_cfd, "digits"),
     "digits_cud": partial(cud, "digits"),
