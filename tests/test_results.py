@@ -21,12 +21,12 @@ def test_the_tables_are_those_of_the_files(path):
 
 
 def ld3_run(folder, seed, hand_made, learned):
-    rmse = dict.fromkeys(tables.HAND_MADE, hand_made) | {"edm": hand_made / 2}
+    rmse = dict.fromkeys(tables.GRIDS, hand_made) | {"edm": hand_made / 2}
     rows = [{"name": name, "nfe": 5, "rmse_to_teacher": rmse[name], "fid": 4} for name in rmse]
     rows.append({"name": "ld3", "nfe": 5, "rmse_to_teacher": learned, "fid": 1 + seed})
-    options = {"solver": "unipc", "nfe": 5, "objective": "soft", "times": "decoupled"}
+    options = {"solver": "unipc", "nfe": 5, "optimizer": "adam", **tables.LD3_DEFAULTS}
     folder.mkdir(parents=True)
-    metrics = {"config": {**options, "distance": "l2"}, "seed": seed, "results": rows}
+    metrics = {"config": options, "seed": seed, "results": rows}
     (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
