@@ -211,6 +211,23 @@ def cud(dataset):
     return markdown(["evaluations", *counts], rows)
 
 
+def flow_samplers(dataset):
+    """FID of each flow by Euler in equal steps of t, and by its best solver and grid."""
+    runs, counts = read(f"{dataset}-flow-samplers"), (2, 4, 8)
+    rows = []
+    for flow in ("rectified-flow", "rectified-flow-equal-compute", "cud"):
+        euler, best = [], []
+        for nfe in counts:
+            found = {row["name"]: row["fid"] for run in runs for row in run["results"]
+                     if row["nfe"] == nfe and row["name"].split(" ")[0] == flow}
+            euler.append(cell([found[flow]]))
+            name = min(found, key=found.get)
+            sampler = re.search(r"\((.*)\)", name)
+            best.append(f"{number(found[name])}, {sampler[1] if sampler else 'euler, even'}")
+        rows += [[flow, "Euler, even", *euler], ["", "its best", *best]]
+    return markdown(["", "sampler", *counts], rows)
+
+
 def gdd(dataset):
     runs = read(f"{dataset}-compare/distributional") + read(f"{dataset}-gdd*")
     rows = []
@@ -357,6 +374,7 @@ TABLES = {
     "digits_dode": partial(dode, "digits"),
     "digits_pd_cfd": partial(pd_cfd, "digits"),
     "digits_cud": partial(cud, "digits"),
+    "digits_flow_samplers": partial(flow_samplers, "digits"),
     "digits_gdd": partial(gdd, "digits"),
     "mnist_teacher": partial(teacher, "mnist"),
     "mnist_ld3": partial(ld3, "mnist"),
