@@ -20,9 +20,8 @@ from common.datasets import ASSETS, Stream, evenly, fingerprint, load_dataset, t
 from common.machinery.files import (
     BAR, cache_dir, load_weights, locked, pretrained, save_weights,
 )
-from common.machinery.memory import words_for
-from common.machinery.options import DATASETS, cli, option, parse_config
-from common.machinery.run import pick_device
+from common.machinery.options import DATASETS, MOST_SEED, cli, option, parse_config
+from common.machinery.run import pick_device, words_for
 
 # Chosen here. 4 * width features: 1,000 images give a covariance of full rank.
 RECIPES = {
@@ -337,7 +336,9 @@ def make_distance(config, device):
 class Config:
     dataset: str = option("digits", "data set to classify", choices=DATASETS)
     data_dir: str | None = option(None, "where the data lies")
-    seed: int = option(0, "seed of initialisation, order of the images, shifts")
+    seed: int = option(
+        0, "seed of initialisation, order of the images, shifts", high=MOST_SEED
+    )
     device: str = option("auto", "auto, cpu or cuda")
     out: str | None = option(None, "write it here, not into the cache")
 

@@ -9,6 +9,7 @@ already is only read, and what was stopped goes on. All images are of the noise 
 Leaves samples.png, fid.png, cost.png, table.md and compare.json.
 """
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import common
 from common import UsageError
 from common.machinery.files import atomic_write, save_json
-from common.machinery.options import DATASETS, cli, option, parse_config
+from common.machinery.options import DATASETS, MOST_SEED, cli, option, parse_config
 from common.machinery.plots import COLORS, save_comparison, save_curves
 from common.machinery.run import name_of_data
 
@@ -62,7 +63,7 @@ class Config:
     teacher: str | None = option(None, "of all but cud.py (default: the data set's own)")
     methods: tuple[str, ...] = option(METHODS, "which to run", choices=METHODS)
     quick: bool = option(False, "short trainings")
-    seed: int = option(0, "of the trainings")
+    seed: int = option(0, "of the trainings", high=MOST_SEED)
     eval_n: int | None = option(None, "images for FID (default: digits, mnist 1024)", low=16)
     device: str = option("auto", "auto, cpu, cuda")
     out: str | None = option(None, "folder (default: runs/compare-DATASET, with --quick -quick)")
@@ -105,7 +106,7 @@ def finished(folder, arguments):
         return None
     metrics = json.loads(path.read_text(encoding="utf-8"))
     command, _, _ = metrics["command"].partition(" --out ")
-    return metrics if command == " ".join(arguments) else None
+    return metrics if command == shlex.join(arguments) else None
 
 
 def run_all(config):

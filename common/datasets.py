@@ -16,11 +16,11 @@ import torch
 from common import UsageError
 from common.machinery.files import cache_dir, locked
 from common.machinery.folders import SPLITS, find_source, first_image, layout, read_folder
+from common.machinery.foreign import one_line
 from common.machinery.large_data import (
     as_tensor, is_downsampled, list_batches, load_source, read_batch, read_downsampled, stamp
 )
 from common.machinery.options import DATASETS
-from common.machinery.pickles import one_line
 from common.machinery.ranks import rank_and_world
 
 SHAPES = {

@@ -25,9 +25,9 @@ from common.diffusion import noise_from_seeds
 from common.machinery.files import (
     BAR, atomic_write, cache_dir, locked, read_npz, weights_digest,
 )
+from common.machinery.foreign import one_line
 from common.machinery.inception import EDM_REFERENCES, edm_reference, load_inception
 from common.machinery.options import cli, require
-from common.machinery.pickles import one_line
 from common.machinery.ranks import gather_rows, rank_and_world, share_of, sum_over_ranks
 from common.machinery.run import pick_device, tf32
 

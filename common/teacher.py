@@ -26,6 +26,7 @@ from common.machinery.claims import check_network
 from common.machinery.diffusers_teachers import is_diffusers, load_diffusers
 from common.machinery.files import cache_dir, load_weights, save_weights
 from common.machinery.flow_teachers import FlowDenoiser
+from common.machinery.foreign import one_line
 from common.machinery.options import (
     TrainingOptions,
     cli,
@@ -34,7 +35,6 @@ from common.machinery.options import (
     parse_config,
     require,
 )
-from common.machinery.pickles import one_line
 from common.machinery.plots import save_rows
 from common.machinery.public_teachers import convert_public, is_public
 from common.machinery.run import Run

@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from common import UsageError
 from common.machinery import files
@@ -34,6 +36,14 @@ def test_cache_dir(monkeypatch, tmp_path):
     assert files.cache_dir() == tmp_path
     monkeypatch.setenv("FEWSTEP_CACHE", "")
     assert files.cache_dir() == Path.home() / ".cache" / "fewstep"
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UsageError, match="set FEWSTEP_CACHE to a folder") as error:
+        files.cache_dir()
+    one_line(error)
 
 
 # ------------------------------------------------------------------------------ atomic writes
@@ -295,6 +305,21 @@ def test_a_lock_sweeps_what_a_killed_process_left_half_written(tmp_path):
     kept.write_text("of another file")
     with files.locked(tmp_path / "file.npz"):
         assert not left.exists() and kept.exists()
+
+
+def test_a_lock_that_is_held_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "PATIENCE", 0.05)
+    held = threading.Event()
+
+    def hold():
+        with FileLock(tmp_path / "file.lock"):
+            held.set()
+            time.sleep(0.3)
+
+    threading.Thread(target=hold).start()
+    held.wait()
+    with files.locked(tmp_path / "file"):
+        assert "waiting for another process" in capsys.readouterr().out
 
 
 def test_a_lock_is_released_after_an_error(tmp_path):

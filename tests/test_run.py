@@ -6,6 +6,9 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +19,14 @@ from test_options import Config, one_line, parse
 from torch import nn
 
 from common import UsageError
-from common.machinery import memory
+from common.machinery import plots
 from common.machinery import run as machinery
 from common.machinery.files import load_checkpoint, save_checkpoint
 from common.machinery.options import TrainingOptions
 from common.machinery.run import METRICS, Run, State, commit, pick_device, table
 from common.unet import ddpmpp
+
+ROOT = Path(__file__).parent.parent
 
 
 def make(out, **options):
@@ -272,29 +277,6 @@ def small_unet(**options):
     return ddpmpp(**kwargs, num_blocks=1, attn_resolutions=[8], **options)
 
 
-@pytest.mark.parametrize("classes", [0, 10])
-def test_the_memory_of_a_training_is_what_its_forward_pass_keeps(classes):
-    net = small_unet(label_dim=classes, dropout=0.1).train()
-    x, labels = torch.randn(4, 3, 16, 16), torch.eye(10)[:4] if classes else None
-    weights, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
-
-    before = torch.get_rng_state()
-    expected, twice = (memory.bytes_of_training(net, n) for n in (4, 8))
-    assert torch.equal(before, torch.get_rng_state())
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(x, torch.ones(4), labels)
-    images = sum(s.nbytes() for p, s in kept.items() if p not in weights)
-    parameters = 20 * sum(p.numel() for p in net.parameters())
-    assert expected - parameters == pytest.approx(images, rel=0.1)
-    assert twice - expected == expected - parameters
-    assert not any(p.grad is not None for p in net.parameters())
-
-
 @dataclass
 class Sized(Config):
     batch_size: int = 32
@@ -312,27 +294,20 @@ def start(out, steps=5):
     return sum(p.numel() for p in net.parameters())
 
 
-def test_a_training_says_its_size_before_and_its_time_after_the_first_steps(
-    tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(machinery, "bytes_at_hand", lambda device: 2**40)
+def test_a_training_says_its_time_after_the_first_steps(tmp_path, capsys, monkeypatch):
     clock = iter(range(0, 10**6, 2))  # two seconds pass from one look at the clock to the next
     monkeypatch.setattr(machinery, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    count = start(tmp_path)
-    size, time = capsys.readouterr().out.splitlines()[1:]
-    assert size.startswith(f"{count:,} parameters to train, 100 steps of 32 images, about 0.")
-    assert size.endswith(" GB of memory")
+    start(tmp_path)
+    time = capsys.readouterr().out.splitlines()[-1]
     assert re.match(r"\d+ s a step, about \d+ minutes of training, [\d.]+ GB used so far$", time)
-    monkeypatch.setattr(machinery, "bytes_at_hand", lambda device: 2**20)
     start(tmp_path, steps=1)
-    assert re.search(r" GB of memory, of 0.00098: try --batch-per-gpu \d+$",
-                     capsys.readouterr().out.splitlines()[-1])
+    assert "a step" not in capsys.readouterr().out
 
 
 def test_durations_are_in_words():
     known = {1.2: "2 s", 119: "119 s", 120: "2 minutes", 7100: "118 minutes", 9000: "2.5 hours"}
     known |= {36_000: "10 hours", 626_400: "7 days"}
-    assert {seconds: memory.words_for(seconds) for seconds in known} == known
+    assert {seconds: machinery.words_for(seconds) for seconds in known} == known
 
 
 # ------------------------------------------------------------------------ stop and resume
@@ -636,6 +611,154 @@ def test_a_state_holds_numbers_tensors_and_dicts(tmp_path):
     run.resume(state=again)
     assert torch.equal(again.best, torch.ones(2)) and again.history == [0, 1]
     assert again.stage == 2 and torch.equal(again.learned["a"], torch.ones(1))
+
+
+# --------------------------------------------------------- folders, machines, what was cut short
+
+
+OTHER = """
+import sys, time
+from common.machinery.run import Run
+sys.path.insert(0, "tests")
+from test_options import Config
+Run("method", Config(out=sys.argv[1]))
+print("there", flush=True)
+time.sleep(100)
+"""
+
+
+def test_two_processes_do_not_run_in_one_folder(tmp_path):
+    command = [sys.executable, "-c", OTHER, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment) as process:
+        try:
+            for line in process.stdout:
+                if b"there" in line:
+                    break
+            for resume in (False, True):
+                with pytest.raises(UsageError, match=f"--out {tmp_path}: another process") as error:
+                    make(tmp_path, resume=resume)
+                one_line(error)
+        finally:
+            process.kill()
+    make(tmp_path)
+    make(tmp_path)  # one process may begin again
+
+
+def test_a_program_is_unfinished_until_its_metrics_are_written(tmp_path, monkeypatch):
+    """Ctrl-C while results are sampled, then the same command: nothing is trained anew."""
+    monkeypatch.setattr(machinery.cli, "running", True)
+    assert train(tmp_path)[0] == 0
+    with pytest.raises(UsageError, match="was stopped here after step 9; go on with --resume"):
+        make(tmp_path)
+    run = make(tmp_path, resume=True)
+    run.resume()
+    assert not list(run.steps(9))
+    run.finish([{"name": "ours", "nfe": 1}])
+    make(tmp_path)
+
+
+def test_a_run_with_other_options_gets_a_default_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(**options):
+        run = Run("method", Config(device="cpu", **options))
+        run.resume()
+        list(run.steps(1))
+        return str(run.out)
+
+    first, second, third = (f"runs/method-digits{number}" for number in ("", "-2", "-3"))
+    assert run(smoke=True) == first  # is replaced: it was a try
+    assert [run(seed=seed) for seed in (1, 2, 1, 3, 2)] == [first, second, first, third, second]
+    assert run(seed=2, resume=True) == second
+    with pytest.raises(UsageError, match="--seed 9: the checkpoint to resume has 1"):
+        run(seed=9, resume=True)
+
+
+def test_a_log_that_was_cut_short_is_read_and_continued(tmp_path):
+    run = make(tmp_path)
+    for step in range(3):
+        run.log(step=step, loss=0.5)
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert run.logged("loss") == ([0, 1], [0.5, 0.5])
+    run = make(tmp_path)
+    run.log_mode = "a"
+    run.log(step=3, loss=0.25)
+    assert run.logged("loss") == ([0, 1, 3], [0.5, 0.5, 0.25])
+
+
+def test_a_checkpoint_cut_short_or_of_other_networks_is_one_line(tmp_path):
+    train(tmp_path, interrupt=2)
+    run = make(tmp_path, resume=True)
+    with pytest.raises(UsageError, match="the net in .*checkpoint.pt does not fit") as error:
+        run.resume(net=nn.Linear(7, 7))
+    one_line(error)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UsageError, match="checkpoint.pt: .* cut short .* delete it") as error:
+            make(tmp_path, resume=True)
+        one_line(error)
+
+
+def test_a_run_in_a_thread_gets_no_signals_and_works(tmp_path):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(tmp_path)[0]))
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
+def test_without_a_compiler_compile_is_one_line(monkeypatch):
+    def broken(function):
+        raise RuntimeError("Failed to find C compiler.\nSet CC")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UsageError, match="^--compile: not possible .*Failed to find") as error:
+        machinery.check_compiler("cpu")
+    one_line(error)
+
+
+def test_the_command_can_be_pasted(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/x/ld3.py", "--data-dir", "my images", "--nfe", "5"])
+    assert machinery.command_line() == "ld3.py --data-dir 'my images' --nfe 5"
+    spec = SimpleNamespace(name="common.teacher", origin="/x/common/teacher.py")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr("sys.argv", ["/x/common/teacher.py", "--smoke"])
+    assert machinery.command_line() == "-m common.teacher --smoke"
+
+
+def test_a_picture_that_fails_costs_no_numbers(tmp_path, capsys, monkeypatch):
+    images = {"teacher": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}
+    monkeypatch.setattr(plots, "_write", lambda *_: 1 / 0)
+    plots.save_rows(tmp_path / "samples.png", images)
+    assert "samples.png could not be drawn" in capsys.readouterr().out
+    assert (tmp_path / "samples.npz").exists()
+
+
+@pytest.mark.slow
+def test_odd_machines(tmp_path):
+    """No docstrings, no home, settings of other programs; the reader of the output leaves."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 99\n")
+    environment = {
+        "PATH": os.environ["PATH"], "FEWSTEP_CACHE": str(tmp_path / "cache"), "WORLD_SIZE": "2",
+        "MPLBACKEND": "of_a_notebook", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = f"{sys.executable} -OO dode.py --smoke --device cpu --out {tmp_path}/run | head -1"
+    done = subprocess.run(
+        command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
+    names = {"metrics.json", "samples.png", "samples.npz"}
+    assert names <= {path.name for path in (tmp_path / "run").iterdir()}, done.stderr
+    for flag in ("--help", "--help-all"):
+        done = subprocess.run(
+            [sys.executable, "-OO", "ld3.py", flag], cwd=ROOT, env=environment, capture_output=True
+        )
+        assert done.returncode == 0 and b"--dataset" in done.stdout
 
 
 # ----------------------------------------------------------------------------- gradients

@@ -2,7 +2,7 @@
 import torch
 from torch.overrides import TorchFunctionMode
 
-from common.machinery.pickles import Refused
+from common.machinery.foreign import Refused
 
 NUMBER = (int, float)
 ARGUMENTS = {  # of UNet: type, the least and the most that is believed, of a list: how many

@@ -10,31 +10,14 @@ import torch
 
 from common import UsageError
 from common.machinery.claims import check_weights
-from common.machinery.pickles import (
-    PERSISTENT,
-    STORAGES,
-    TENSOR,
-    U8,
-    Machine,
-    Record,
-    Refused,
-    call_of,
-    check_view,
-    one_line,
-    storage_claim,
-)
+from common.machinery.foreign import Refused, one_line
+from common.machinery.pickles import PERSISTENT, Machine, Name, Record, call_of
 
 PUBLIC = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+SETS = ("cifar10-32x32-uncond", "cifar10-32x32-cond", "ffhq-64x64-uncond", "afhqv2-64x64-uncond")
 NAMES = (  # the files of Karras et al. 2022, without ".pkl"
-    "edm-cifar10-32x32-uncond-vp",
-    "edm-cifar10-32x32-uncond-ve",
-    "edm-cifar10-32x32-cond-vp",
-    "edm-cifar10-32x32-cond-ve",
+    *(f"edm-{name}-{kind}" for name in SETS for kind in ("vp", "ve")),
     "edm-imagenet-64x64-cond-adm",
-    "edm-ffhq-64x64-uncond-vp",
-    "edm-ffhq-64x64-uncond-ve",
-    "edm-afhqv2-64x64-uncond-vp",
-    "edm-afhqv2-64x64-uncond-ve",
 )
 SELECTS = {  # class, embedding_type, encoder_type -> factory of common.unet
     ("SongUNet", "positional", "standard"): "ddpmpp",
@@ -42,28 +25,26 @@ SELECTS = {  # class, embedding_type, encoder_type -> factory of common.unet
     ("DhariwalUNet",): "adm",
 }
 TAKEN = (  # constructor arguments that UNet takes as they are
-    "model_channels",
-    "channel_mult",
-    "channel_mult_emb",
-    "num_blocks",
-    "attn_resolutions",
-    "dropout",
-    "label_dropout",
-    "channel_mult_noise",
-    "resample_filter",
+    "model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions",
+    "dropout", "label_dropout", "channel_mult_noise", "resample_filter",
 )
 READER = 3  # raise it when the reader changes: conversions in the cache are made again
 MOST_BYTES = 2**31  # of a file; ImageNet-64's has 1.2 GB
 MOST_WEIGHTS = 5_000
 
+STORAGES = {  # numpy has no bfloat16: two bytes of anything
+    "torch.DoubleStorage": "f8", "torch.FloatStorage": "f4", "torch.HalfStorage": "f2",
+    "torch.BFloat16Storage": "V2", "torch.LongStorage": "i8", "torch.IntStorage": "i4",
+    "torch.ShortStorage": "i2", "torch.CharStorage": "i1", "torch.ByteStorage": "u1",
+    "torch.BoolStorage": "?",
+}
+TENSOR = "torch._utils._rebuild_tensor_v2"
 PERSISTENT_OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
 PARAMETER = "torch._utils._rebuild_parameter"
 STORAGE = "torch.storage._load_from_bytes"
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 CONTAINERS = ("torch.nn.modules.container.ModuleDict", "torch.nn.modules.container.ModuleList")
-ALLOWED = {
-    PERSISTENT_OBJECT, PARAMETER, STORAGE, TENSOR, "numpy.dtype", *SCALARS, *CONTAINERS,
-}
+ALLOWED = {PERSISTENT_OBJECT, PARAMETER, STORAGE, TENSOR, "numpy.dtype", *SCALARS, *CONTAINERS}
 
 
 def typed(value, kind, what):
@@ -98,7 +79,7 @@ def _storage(record):
     storage as a persistent id, its key), then the number of values and the values.
     """
     (data,) = call_of(record, STORAGE)
-    if not isinstance(data, (bytes, memoryview)):
+    if type(data) is not bytes:
         raise Refused("a storage that is none")
     if data[:2] == b"PK":  # a small file could be anything in memory
         raise Refused("a compressed tensor")
@@ -108,16 +89,41 @@ def _storage(record):
     known = known and (magic, version) == (0x1950A86A20F9469CFC6C, 1001)
     if not known or system.get("little_endian") is not True:
         raise Refused("a storage that is not in torch's old format")
-    code, _, count = storage_claim(machine.load())
+    (pid,) = call_of(machine.load(), PERSISTENT)
+    if type(pid) is not tuple or len(pid) < 5 or type(pid[1]) is not Name:
+        raise Refused("a storage that is none")
+    code, count = STORAGES.get(pid[1].text), pid[4]
+    if code is None or type(count) is not int or count < 0:
+        raise Refused("a storage that is none")
     machine.load()
-    values = machine.data[machine.at + 8 :]
-    if machine.number(U8) != count or len(values) != count * np.dtype(code).itemsize:
+    end = machine.file.tell() + 8
+    told, values = int.from_bytes(data[end - 8 : end], "little"), memoryview(data)[end:]
+    if told != count or len(values) != count * np.dtype(code).itemsize:
         raise Refused(f"a storage of {count} values has {len(values)} bytes")
     return code, values
 
 
+def _check_view(offset, size, stride, count):
+    """Refused unless a tensor lies in its storage of `count` values, dense, no value twice.
+
+    Contiguous up to the order of its axes: transposed, channels_last.
+    """
+    if type(offset) is not int or not type(size) is type(stride) is tuple:
+        raise Refused("a tensor that is none")
+    if len(size) != len(stride) or len(size) > 8:
+        raise Refused("a tensor that is none")
+    if not all(type(n) is int and 0 <= n < 2**40 for n in (*size, *stride)):
+        raise Refused("a tensor of impossible shape or stride")
+    total, dense = 1, True
+    for s, n in sorted((s, n) for s, n in zip(stride, size) if n > 1):
+        dense &= s == total
+        total *= n
+    if offset < 0 or 0 not in size and (not dense or offset + total > count):
+        raise Refused(f"a tensor of shape {size} and stride {stride} on {count} values")
+
+
 def _array(value, what):
-    """A weight as a view of the file: a numpy array of any dense strides."""
+    """A weight as a numpy array of any dense strides."""
     if type(value) is Record and value.name == PARAMETER:
         value = call_of(value, PARAMETER, 1)[0]
     if type(value) is not Record or value.name != TENSOR:
@@ -127,7 +133,7 @@ def _array(value, what):
     if code == "V2":
         raise Refused(f"{what} is in bfloat16")
     width = np.dtype(code).itemsize
-    check_view(offset, size, stride, len(values) // width, dense=True)
+    _check_view(offset, size, stride, len(values) // width)
     if 0 in size:
         return np.empty(size, code)
     strides = [width * s if n > 1 else width for s, n in zip(stride, size)]

@@ -3,7 +3,6 @@ import contextlib
 import hashlib
 import http.client
 import json
-import math
 import os
 import urllib.request
 import zipfile
@@ -12,22 +11,26 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from common import UsageError
 from common.machinery.claims import check_weights
-from common.machinery.pickles import Refused, file_size, one_line, read_file
+from common.machinery.foreign import Refused, file_size, one_line, read_file
 
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of zips: others may ask for gigabytes
 MOST_WEIGHTS = 2**34  # bytes of a network
 MOST_JSON = 2**22  # bytes of a schedule.json or lambdas.json, which have thousands
+PATIENCE = 5  # seconds before it is said that one waits for a lock
 BAR = {"dynamic_ncols": True, "mininterval": 0.5}  # of every progress bar
 
 
 def cache_dir():
     """$FEWSTEP_CACHE or ~/.cache/fewstep: teachers, classifiers, downloads, reference moments."""
-    return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
+    try:
+        return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        raise UsageError("no home folder here: set FEWSTEP_CACHE to a folder") from None
 
 
 @contextlib.contextmanager
@@ -36,7 +39,11 @@ def locked(path):
     lock = FileLock(f"{path}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            print(f"waiting for another process, which makes {path} (it holds {lock.lock_file})")
+            lock.acquire()
     except OSError as error:
         raise UsageError(
             f"the cache {path.parent} cannot be written ({error.strerror}); "
@@ -189,32 +196,22 @@ def read_json(path, option, what):
 
 
 def read_npz(path, names, most):
-    """Arrays of numbers of an .npz. Raises Refused if together they have more than `most` bytes.
+    """Arrays of numbers of an .npz, of at most 8 bytes each. Raises Refused and other errors.
 
-    A few kilobytes can unpack to any size: an array's header is read first.
+    A few kilobytes can unpack to any size: together the entries may say at most `most` bytes.
     """
-    arrays = []
-    with zipfile.ZipFile(path) as archive:
-        for name in names:
-            if archive.getinfo(f"{name}.npy").compress_type not in PACKINGS:
-                raise Refused("an unknown compression")
-            with archive.open(f"{name}.npy") as file:
-                version = np.lib.format.read_magic(file)
-                if version not in ((1, 0), (2, 0)):
-                    raise Refused(f"an array of format {version}")
-                old = version == (1, 0)
-                read_header = np.lib.format.read_array_header_1_0
-                read_header = read_header if old else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read_header(file)
-                size = math.prod(shape) * dtype.itemsize
-                most -= size
-                if dtype.kind not in "biuf" or min(shape, default=0) < 0 or most < 0:
-                    raise Refused(f"`{name}` is {dtype} of shape {shape}: no numbers, or too many")
-                data = file.read(size + 1)  # to its end, where its checksum is tested
-                if len(data) != size:
-                    raise Refused(f"`{name}` has {len(data)} bytes, not {size}")
-            arrays.append(np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C"))
-    return arrays
+    file_size(path)
+    with np.load(path, allow_pickle=False) as file:
+        entries = [file.zip.getinfo(f"{name}.npy") for name in names]
+        if any(entry.compress_type not in PACKINGS for entry in entries):
+            raise Refused("an unknown compression")
+        if sum(entry.file_size for entry in entries) > most:
+            raise Refused(f"more than {most:,} bytes of numbers")
+        arrays = [file[name] for name in names]
+    for name, array in zip(names, arrays):
+        if array.dtype.kind not in "biuf" or array.itemsize > 8:
+            raise Refused(f"`{name}` is {array.dtype}: no numbers that torch knows")
+    return [array.astype(array.dtype.newbyteorder("="), copy=False) for array in arrays]
 
 
 def read_numbers(path, option, what, names):
@@ -222,7 +219,7 @@ def read_numbers(path, option, what, names):
     saved = read_json(path, option, what)
     try:
         tensors = [torch.tensor(saved[name], dtype=torch.float64) for name in names]
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UsageError(f"--{option} {path}: not {what} ({reason})") from None
     for name, tensor in zip(names, tensors):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common import UsageError
 from common.machinery.files import BAR, PACKINGS
-from common.machinery.pickles import Refused, file_size, one_line
+from common.machinery.foreign import Refused, file_size, one_line
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")  # else

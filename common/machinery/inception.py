@@ -7,7 +7,7 @@ from torch import nn
 
 from common import UsageError
 from common.machinery.files import cache_dir, download, locked
-from common.machinery.pickles import Refused, mapped_file, one_line
+from common.machinery.foreign import Refused, one_line, read_file
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"  # its last 8 hex digits begin its SHA-256
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -94,7 +94,7 @@ def load_inception(path, fetch):
             return None
     path, reason = path or cached, "not readable"
     try:
-        mapped_file(path, 2**27)  # 96 MB are right
+        read_file(path, 2**27)  # 96 MB are right
         weights = torch.load(path, map_location="cpu", weights_only=True)
         reason = "not the weights of FID's Inception"
         net = Inception(weights)

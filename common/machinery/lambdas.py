@@ -4,8 +4,8 @@ from itertools import product
 import torch
 
 from common.machinery.files import read_json
+from common.machinery.foreign import one_line
 from common.machinery.options import require
-from common.machinery.pickles import one_line
 
 MOST = 1e9  # of |lambda|: fitted ones reach thousands, in Heun's solver
 

@@ -17,7 +17,8 @@ import torch
 from common import UsageError
 from common.machinery.files import atomic_write, cache_dir, locked, read_npz
 from common.machinery.folders import Source, list_images
-from common.machinery.pickles import Machine, Record, Refused, call_of, mapped_file, one_line
+from common.machinery.foreign import Refused, one_line, read_file
+from common.machinery.pickles import Machine, Record, call_of
 
 BATCHES = {  # the files of downsampled ImageNet
     "train": [f"train_data_batch_{i}" for i in range(1, 11)],
@@ -152,7 +153,7 @@ def _class_numbers(path):
     The usual number is the rank of the class's WordNet id. Lines: "n02119789 1 kit_fox".
     """
     try:
-        words = [line.split() for line in bytes(mapped_file(path, 2**20)).decode().splitlines()]
+        words = [line.split() for line in read_file(path, 2**20).decode().splitlines()]
         id_of = {int(number): wordnet for wordnet, number, *_ in words}
         if sorted(id_of) != list(range(1, 1001)) or len({*id_of.values()}) != 1000:
             raise ValueError("not the classes 1 ... 1000")
@@ -192,7 +193,7 @@ def read_batch(file):
 
 
 def _pickled(file):
-    data = mapped_file(file, 2**33)  # with 128,116 labels: of numpy, they take 8 opcodes each
+    data = read_file(file, 2**33)  # with 128,116 labels: of numpy, they take 8 opcodes each
     batch = Machine(data, ALLOWED, "batch of ImageNet", most=1_200_000).load()
     if type(batch) is not dict or "data" not in batch or "labels" not in batch:
         raise Refused("it is no dict with data and labels")

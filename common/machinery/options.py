@@ -2,6 +2,8 @@
 import argparse
 import dataclasses
 import math
+import operator
+import os
 import sys
 import typing
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from common import UsageError
 from common.machinery.diffusers_teachers import is_diffusers, sigma_range
 from common.machinery.folders import find_source
+from common.machinery.foreign import one_line
 from common.machinery.large_data import count, stamp
 from common.machinery.ranks import leave_group
 
@@ -22,36 +25,52 @@ EVERYDAY = (  # the options of --help; --help-all has the others too
     "images", "freeze", "batch_size", "baseline", "model_channels", "batch_per_gpu", "out",
     "resume", "smoke",
 )
+BOUNDS = {
+    "low": ("at least", operator.ge), "high": ("at most", operator.le),
+    "above": ("above", operator.gt), "below": ("below", operator.lt),
+}
+MOST_SEED = 2**31 - 1
 
 
 def cli(main):
     """Run `main()` as a program: `UsageError` -> one line and exit code 2, Ctrl-C -> 130."""
-    program = Path(sys.argv[0]).name
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that an ASCII terminal lacks
     try:
         main()
         leave_group()
+        sys.stdout.flush()
     except UsageError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(program, one_line(error, 1000), file=sys.stderr)
         sys.exit(2)
     except torch.cuda.OutOfMemoryError as error:
-        print(
-            f"{program}: error: {str(error).splitlines()[0]} Try a smaller --eval-batch "
-            "or, where there is one, --batch-per-gpu or --checkpoint",
-            file=sys.stderr,
-        )
+        advice = "Try a smaller --eval-batch or, if there is one, --batch-per-gpu or --checkpoint"
+        print(program, str(error).splitlines()[0], advice, file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # as in `| head -1`
+        print_no_more()
+        sys.exit(0)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        cli.running = False
+
+
+cli.running = False  # whether this process is a program of ours, which ends with its metrics
+
+
+def print_no_more():
+    """Nobody reads the output any more: let it go nowhere, also what Python writes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def option(default, help, **metadata):
     """A dataclass field that is also a flag. A default of None is filled from the presets.
 
     metadata: `choices`; `low`, `high` (inclusive) and `above`, `below` (exclusive) bounds of the
-    value, or of each of several values; `repeats`: of these, some may be equal.
+    value, or of each of several values; `repeats`: of these, some may be equal. Numbers without a
+    lower bound must not be negative.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
@@ -62,15 +81,15 @@ class Options:
 
     dataset: str = option(
         "digits",
-        f"data set: decides teacher and presets; folder: a large one on a GPU from {MANY_IMAGES:,} "
-        "images on, else a laptop's",
+        "data set: decides teacher and presets, a folder also by its size and the machine",
         choices=DATASETS,
     )
     data_dir: str | None = option(
         None, "where the data lies (default: the cache; required for folder, imagenet64)"
     )
     seed: int = option(
-        0, "seed of all that is drawn in training; evaluation has its own seeds 0, 1, 2, ..."
+        0, "seed of all that is drawn in training; evaluation has its own seeds 0, 1, 2, ...",
+        high=MOST_SEED,
     )
     out: str | None = option(
         None, "folder of the run (default: runs/METHOD-DATASET; folder: its name)"
@@ -126,7 +145,7 @@ class TrainingOptions(Options):
     """Those of a script that trains a network."""
 
     batch_per_gpu: int | None = option(
-        None, "images at a time: larger batches are summed up in parts (default: all)", low=1
+        None, "images of a micro-batch, of which a batch is summed up (default: all)", low=1
     )
     checkpoint: bool = option(
         False, "recompute blocks in the backward pass: less memory, a third more time"
@@ -144,10 +163,10 @@ class DistillationOptions(TeacherOptions, TrainingOptions):
     )
 
 
-def require(condition, option_name, value, right):
-    """Raise `UsageError` with the option, its value and what is right, unless `condition`."""
+def require(condition, option_name, value, message):
+    """Raise `UsageError` with the option, its value and `message`, unless `condition`."""
     if not condition:
-        raise UsageError(f"--{option_name.replace('_', '-')} {value}: {right}")
+        raise UsageError(f"--{option_name.replace('_', '-')} {value}: {message}")
 
 
 def preset_name(config, presets):
@@ -193,8 +212,8 @@ def complete(config, presets, smoke):
             for part in value if isinstance(value, tuple) else (value,):
                 _check(field, part)
     if hasattr(config, "sigma_min"):
-        right = f"must be below --sigma-max {config.sigma_max}"
-        require(config.sigma_min < config.sigma_max, "sigma_min", config.sigma_min, right)
+        message = f"must be below --sigma-max {config.sigma_max}"
+        require(config.sigma_min < config.sigma_max, "sigma_min", config.sigma_min, message)
 
 
 def _check(field, value):
@@ -202,15 +221,13 @@ def _check(field, value):
     if "choices" in meta:
         names = ", ".join(map(str, meta["choices"]))
         require(value in meta["choices"], field.name, value, f"choose one of {names}")
-    bounds = {
-        "low": ("at least", lambda bound: value >= bound),
-        "high": ("at most", lambda bound: value <= bound),
-        "above": ("above", lambda bound: value > bound),
-        "below": ("below", lambda bound: value < bound),
-    }
-    for key, (words, holds) in bounds.items():
-        if key in meta:
-            require(holds(meta[key]), field.name, value, f"must be {words} {meta[key]}")
+    if type(value) in (int, float):
+        limits = {"low": 0} if not {"low", "above"} & meta.keys() else {}
+        limits |= {"high": 2**40} if not {"high", "below"} & meta.keys() else {}
+        for key, limit in {**meta, **limits}.items():
+            if key in BOUNDS:
+                words, holds = BOUNDS[key]
+                require(holds(value, limit), field.name, value, f"must be {words} {limit}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -264,37 +281,27 @@ def _table(presets):
     return "\n".join("  " + "  ".join(line).rstrip() for line in padded)
 
 
-def _first_screen(parser, description):
-    """The docstring's idea and its commands, around the everyday options."""
-    paragraphs = description.strip().split("\n\n")
-    idea = [p for p in paragraphs[1:] if p.startswith("Idea")][:1]
-    commands = [line for line in description.splitlines() if line.startswith("    python ")]
-    formatter = parser.formatter_class(parser.prog)
-    for text in (paragraphs[0], *idea):
-        formatter.add_text(text)
-    formatter.start_section("the options one needs first (the others, and presets: --help-all)")
-    everyday = ["--" + name.replace("_", "-") for name in EVERYDAY]
-    actions = [a for a in parser._actions if a.option_strings[0] in everyday]
-    formatter.add_arguments(
-        sorted(actions, key=lambda action: everyday.index(action.option_strings[0]))
-    )
-    formatter.end_section()
-    return formatter.format_help() + "\n" + "\n".join(commands) + "\n" * bool(commands)
-
-
 def parse_config(config_class, presets, description, argv=None):
     """Command line -> `config_class(**flags)`.
 
     --help: idea, everyday options, commands. --help-all: everything, presets as a table.
     """
-    epilog = "" if not presets else (
-        "presets (a flag given on the command line wins; folder-gpu: --dataset folder on a GPU "
-        f"with at least\n{MANY_IMAGES:,} images):\n{_table(presets)}"
-    )
+    argv, description = sys.argv[1:] if argv is None else argv, description or ""  # none with -OO
+    everything = "--help-all" in argv
+    if everything:
+        about, epilog = description, presets and (
+            "presets (a flag given on the command line wins; folder-gpu: --dataset folder on a "
+            f"GPU with at least\n{MANY_IMAGES:,} images):\n{_table(presets)}"
+        )
+    else:
+        paragraphs = description.strip().split("\n\n")
+        about = "\n\n".join(paragraphs[:1] + [p for p in paragraphs if p.startswith("Idea")][:1])
+        commands = [line for line in description.splitlines() if line.startswith("    python ")]
+        epilog = "\n".join(commands)
     parser = _Parser(
-        usage="%(prog)s [--option value ...]",
-        description=description,
-        epilog=epilog,
+        usage=argparse.SUPPRESS,
+        description=about,
+        epilog=epilog or None,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=26, width=100
         ),
@@ -302,18 +309,16 @@ def parse_config(config_class, presets, description, argv=None):
         add_help=False,
     )
     hints = typing.get_type_hints(config_class)
-    shared = {field.name for field in dataclasses.fields(TrainingOptions)} - set(EVERYDAY)
-    groups = {
-        title: parser.add_argument_group(title)
-        for title in ("needed first", "of the method", "rarely needed, the same in every script")
-    }
-    first, method, rare = groups.values()
-    for field in dataclasses.fields(config_class):
-        group = first if field.name in EVERYDAY else rare if field.name in shared else method
-        flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, **_argument(field, hints[field.name], presets))
-    short = first.add_argument("--help", "-h", action="version", help="the first screen of this")
-    full = first.add_argument("--help-all", action="version", help="all options, and presets")
-    short.version, full.version = _first_screen(parser, description), parser.format_help()
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for name in sorted(fields, key=lambda n: EVERYDAY.index(n) if n in EVERYDAY else len(EVERYDAY)):
+        argument = _argument(fields[name], hints[name], presets)
+        if not everything and name not in EVERYDAY:
+            argument["help"] = argparse.SUPPRESS
+        parser.add_argument("--" + name.replace("_", "-"), **argument)
+    parser.add_argument("--help", "-h", action="help", help="the options one needs first")
+    parser.add_argument("--help-all", action="help", help="all options, and presets")
     flags = vars(parser.parse_args(argv))
+    for name, value in flags.items():
+        for part in value if isinstance(value, list) else (value,):
+            _check(fields[name], part)
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})

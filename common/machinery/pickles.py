@@ -6,37 +6,28 @@ import any function and call it. The machine here cannot: a name stays a `Name`,
 tuples, dicts and Records, and nothing else. Whoever asked for the file picks from these what
 it needs, and checks it.
 
-Opcodes are counted, each makes at most one object, bytes are views of the file: memory stays a
-small multiple of the file's size. Short pickles still make lists of 2^40 items (doubled 40 times)
+Opcodes are counted, and each makes at most one object: memory stays a small multiple of the file's
+size. Short pickles still make lists of 2^40 items (doubled 40 times)
 and tuples 100,000 deep. So nothing that a pickle made is compared, hashed, printed or walked,
 except numbers and short texts.
 """
-import os
-import re
-import stat
-import struct
+import io
+import pickletools
 from dataclasses import dataclass
+
+from common.machinery.foreign import Refused
 
 MOST_OPCODES = 400_000  # EDM's CIFAR-10 checkpoints have about 40,000
 LONGEST = 200  # characters of a name or a key
 PERSISTENT = "a persistent id"  # as an allowed name: the pickle may have BINPERSID
 
-CONSTANTS = {b"N": None, b"\x88": True, b"\x89": False}
-EMPTY = {b"]": list, b"}": dict, b")": tuple, b"\x8f": list}  # the last: a set
-TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
-U1, U2, U4, U8, I4, F8 = map(struct.Struct, ("<B", "<H", "<I", "<Q", "<i", ">d"))
-NUMBERS = {b"K": U1, b"M": U2, b"J": I4, b"G": F8}
-TEXTS = {b"X": U4, b"\x8c": U1, b"\x8d": U8}  # opcode -> form of the length
-OLD_TEXTS = {b"U": U1, b"T": U4}              # Python 2's str
-BYTES = {b"B": U4, b"C": U1, b"\x8e": U8}
-PUTS = {b"q": U1, b"r": U4}
-GETS = {b"h": U1, b"j": U4}
-SKIPPED = {b"\x80": 1, b"\x95": 8}            # protocol and frame: bytes
-OPCODES = [bytes([code]) for code in range(256)]
-
-
-class Refused(ValueError):
-    """The file is not what was asked for; says why."""
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+VALUES = {  # numbers, texts and bytes
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING", "SHORT_BINSTRING",
+    "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+}
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -53,12 +44,6 @@ class Record:
     name: str
     args: tuple
     state: object = None
-
-
-def one_line(error, most=200):
-    """An exception's text, of which a file may have written a part: one line, printable."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def call_of(value, name, at_least=0):
@@ -78,91 +63,66 @@ class Machine:
     """
 
     def __init__(self, data, allowed, what, most=MOST_OPCODES):
-        self.data, self.at = memoryview(data), 0
-        self.allowed, self.what, self.left = allowed, what, most
-        self.records = []   # every Record, in the order of the file
-        self.text = 0       # bytes of text so far
-        self.encoded = {}   # id of a text -> the text, its bytes
+        self.file, self.allowed, self.what, self.left = io.BytesIO(data), allowed, what, most
+        self.encoded = {}  # id of a text -> the text, its bytes
 
     def load(self):
-        """The value of the pickle that begins at `at`, which then is its end. Raises Refused."""
+        """The value of the next pickle; `file` then stands at its end. Raises Refused."""
         self.stack, self.marks, self.memo = [], [], {}
         try:
-            while (code := OPCODES[self.data[self.at]]) != b".":
-                self.at += 1
+            for opcode, argument, _ in pickletools.genops(self.file):
                 self.left -= 1
                 if self.left < 0:
                     raise Refused(f"it has more opcodes than any {self.what}")
-                self.step(code)
-            self.at += 1
+                self.step(opcode.name, argument)
             return self.stack.pop()
-        except (IndexError, KeyError, struct.error):  # empty stack, no such mark or memo, end
-            raise Refused(f"it is damaged at byte {self.at}") from None
+        except Refused:
+            raise
+        except (IndexError, KeyError, ValueError):  # empty stack, no such mark or memo, cut short
+            raise Refused(f"it is damaged at byte {self.file.tell()}") from None
 
-    def take(self, n):
-        part = self.data[self.at : self.at + n]
-        if len(part) < n:
-            raise Refused("it is cut short")
-        self.at += n
-        return part
-
-    def number(self, form):
-        (value,) = form.unpack_from(self.data, self.at)
-        self.at += form.size
-        return value
-
-    def step(self, code):
+    def step(self, code, argument):
         push = self.stack.append
-        if code in PUTS:
-            self.memo[self.number(PUTS[code])] = self.stack[-1]
-        elif code == b"\x94":
+        if code in VALUES:
+            push(argument)
+        elif code in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif code == "MEMOIZE":
             self.memo[len(self.memo)] = self.stack[-1]
-        elif code in GETS:
-            push(self.memo[self.number(GETS[code])])
-        elif code in TEXTS:
-            push(self.decode(self.take(self.number(TEXTS[code]))))
-        elif code in NUMBERS:
-            push(self.number(NUMBERS[code]))
+        elif code in ("BINGET", "LONG_BINGET"):
+            push(self.memo[argument])
         elif code in CONSTANTS:
             push(CONSTANTS[code])
         elif code in EMPTY:
             push(EMPTY[code]())
-        elif code in BYTES:
-            push(self.take(self.number(BYTES[code])))
-        elif code in OLD_TEXTS:
-            push(str(self.take(self.number(OLD_TEXTS[code])), "latin1"))
-        elif code == b"\x8a":
-            push(int.from_bytes(self.take(self.number(U1)), "little", signed=True))
-        elif code in SKIPPED:
-            self.take(SKIPPED[code])
-        elif code == b"(":
+        elif code == "MARK":
             self.marks.append(len(self.stack))
         elif code in TUPLES:
             push(tuple(self.pop(TUPLES[code])))
-        elif code == b"t":
+        elif code == "TUPLE":
             push(tuple(self.since_mark()))
-        elif code == b"a":
+        elif code == "APPEND":
             self.extend(self.pop(1))
-        elif code in (b"e", b"\x90"):
+        elif code in ("APPENDS", "ADDITEMS"):
             self.extend(self.since_mark())
-        elif code == b"s":
+        elif code == "SETITEM":
             self.update(self.pop(2))
-        elif code == b"u":
+        elif code == "SETITEMS":
             self.update(self.since_mark())
-        elif code == b"c":
-            push(self.name(self.line(), self.line()))
-        elif code == b"\x93":
+        elif code == "GLOBAL":
+            push(self.name(*argument.split(" ", 1)))
+        elif code == "STACK_GLOBAL":
             push(self.name(*self.pop(2)))
-        elif code in (b"R", b"\x81"):  # REDUCE, NEWOBJ
+        elif code in ("REDUCE", "NEWOBJ"):
             push(self.call(*self.pop(2)))
-        elif code == b"b":
+        elif code == "BUILD":
             self.build(*self.pop(1))
-        elif code == b"Q":
+        elif code == "BINPERSID":
             if PERSISTENT not in self.allowed:
                 raise Refused("it refers to objects outside the file")
-            push(self.record(PERSISTENT, tuple(self.pop(1))))
-        else:
-            raise Refused(f"opcode {code!r} at byte {self.at - 1} is in no {self.what}")
+            push(Record(PERSISTENT, tuple(self.pop(1))))
+        elif code not in ("PROTO", "FRAME", "STOP"):
+            raise Refused(f"opcode {code} before byte {self.file.tell()} is in no {self.what}")
 
     def pop(self, n):
         start = len(self.stack) - n
@@ -176,19 +136,6 @@ class Machine:
         items = self.pop(len(self.stack) - self.marks[-1])
         self.marks.pop()
         return items
-
-    def decode(self, part):
-        """Text takes up to four times its bytes, but no more than these if it is latin1."""
-        self.text += len(part)
-        if self.text > 2**20 and re.search(rb"[\xc4-\xff]", part):
-            raise Refused(f"it has more text than any {self.what}")
-        return str(part, "utf-8", "surrogatepass")
-
-    def line(self):
-        end = bytes(self.data[self.at : self.at + LONGEST]).find(b"\n")
-        if end < 0:
-            raise Refused("a name that is too long")
-        return str(self.take(end + 1), "utf-8")[:-1]
 
     def name(self, module, name):
         if not type(module) is type(name) is str or len(module) + len(name) > LONGEST:
@@ -208,11 +155,7 @@ class Machine:
             return args[0]
         if name.text == "_codecs.encode" and len(args) == 2:
             return self.encode(*args)
-        return self.record(name.text, args)
-
-    def record(self, name, args):
-        self.records.append(Record(name, args))
-        return self.records[-1]
+        return Record(name.text, args)
 
     def encode(self, text, codec):
         """Bytes, as protocol 2 writes them; each text once, or a short file would fill memory."""
@@ -257,80 +200,3 @@ def check_key(key):
     pair = type(key) is tuple and len(key) == 2 and type(key[0]) is str
     if not (all(map(plain, key)) if pair else plain(key)):
         raise Refused(f"a key that is a {type(key).__name__}, or too long")
-
-
-# -------------------------------------------------------------------------------- torch's tensors
-
-STORAGES = {  # numpy has no bfloat16: two bytes of anything
-    "torch.DoubleStorage": "f8", "torch.FloatStorage": "f4", "torch.HalfStorage": "f2",
-    "torch.BFloat16Storage": "V2", "torch.LongStorage": "i8", "torch.IntStorage": "i4",
-    "torch.ShortStorage": "i2", "torch.CharStorage": "i1", "torch.ByteStorage": "u1",
-    "torch.BoolStorage": "?",
-}
-TENSOR = "torch._utils._rebuild_tensor_v2"
-
-
-def storage_claim(record):
-    """The persistent id of a storage -> numpy's code of its type, its key, its values."""
-    (pid,) = call_of(record, PERSISTENT)
-    if type(pid) is not tuple or len(pid) < 5 or type(pid[1]) is not Name:
-        raise Refused("a storage that is none")
-    kind, key, count = pid[1].text, pid[2], pid[4]
-    if kind not in STORAGES or type(key) is not str or type(count) is not int or count < 0:
-        raise Refused("a storage that is none")
-    return STORAGES[kind], key, count
-
-
-def check_view(offset, size, stride, count, dense):
-    """Refused unless a tensor lies in its storage of `count` values; returns its own number.
-
-    dense: contiguous up to the order of its axes (transposed, channels_last). No value twice.
-    """
-    if type(offset) is not int or not type(size) is type(stride) is tuple:
-        raise Refused("a tensor that is none")
-    if len(size) != len(stride) or len(size) > 8:
-        raise Refused("a tensor that is none")
-    if not all(type(n) is int and 0 <= n < 2**40 for n in (*size, *stride)):
-        raise Refused("a tensor of impossible shape or stride")
-    steps = sorted((s, n) for s, n in zip(stride, size) if n > 1)
-    end, total, gaps = offset, 1, False
-    for s, n in steps:
-        gaps |= s != total
-        end += s * (n - 1)
-        total *= n
-    total *= 0 not in size
-    if offset < 0 or total and (end >= count or gaps and dense):
-        raise Refused(f"a tensor of shape {size} and stride {stride} on {count} values")
-    return total
-
-
-def file_size(path):
-    """Bytes of a file. Refused if it is none: opening a pipe would wait for its other end."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise Refused("it is not a file")
-    return status.st_size
-
-
-def read_file(path, most, begins=b""):
-    """The bytes of a file from anywhere, read once: what is hashed is also what is parsed.
-
-    Refused unless it is a regular file of 1 to `most` bytes that `begins`, an expression, matches.
-    """
-    try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            size = file_size(file.fileno())
-            if not 0 < size <= most:
-                raise Refused(f"it has {size:,} bytes, not 1 to {most:,}")
-            if not re.match(begins, file.peek(16), re.DOTALL):
-                raise Refused("it begins like another kind of file")
-            return file.read(size)
-    except OSError as error:
-        raise Refused(error.strerror) from None
-
-
-def _without_waiting(path, flags):
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no pipes there
-
-
-mapped_file = read_file

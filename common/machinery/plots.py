@@ -1,11 +1,20 @@
 """The pictures a run leaves behind, as PNG: rows of images, curves, time grids. Rank 0 writes."""
+import functools
 import itertools
+import os
 
 import numpy as np
+
+try:
+    import matplotlib
+except ValueError:  # MPLBACKEND of a notebook, which is not installed here
+    del os.environ["MPLBACKEND"]
+    import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from common.machinery.files import atomic_write
+from common.machinery.foreign import one_line
 from common.machinery.ranks import rank_and_world
 
 # One colour for a method in every picture (Okabe & Ito); all others are gray, as baselines.
@@ -15,17 +24,35 @@ COLORS = {
 }
 
 
+def picture(draw):
+    """In matplotlib's own style, whatever the user's is; a failure costs the picture alone."""
+    @functools.wraps(draw)
+    def drawn(path, *arguments, **options):
+        try:
+            with matplotlib.rc_context():
+                matplotlib.rcdefaults()
+                draw(path, *arguments, **options)
+        except Exception as error:  # of fonts, of a full disk: the numbers are still to be written
+            print(f"{path} could not be drawn ({one_line(error)})")
+
+    return drawn
+
+
 def _write(figure, path):
     if rank_and_world()[0] == 0:
         how = {"format": "png", "bbox_inches": "tight", "pad_inches": 0.05}
         atomic_write(path, lambda file: figure.savefig(file, **how))
 
 
+@picture
 def save_rows(path, rows, columns=16):
     """One labelled row of images for each of {label: uint8 (n, C, H, W)}: the first `columns`.
 
     All of them lie beside the picture as an .npz, under their labels.
     """
+    if rank_and_world()[0] == 0:
+        arrays = {label: np.asarray(images) for label, images in rows.items()}
+        atomic_write(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
     size = (1.9 + 0.62 * columns, 0.68 * len(rows) + 0.1)
     figure = Figure(figsize=size, dpi=120)
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
@@ -42,11 +69,9 @@ def save_rows(path, rows, columns=16):
             spine.set_visible(False)
     figure.subplots_adjust(left=0.1, right=1, bottom=0, top=1, hspace=0.1)
     _write(figure, path)
-    if rank_and_world()[0] == 0:
-        arrays = {label: np.asarray(images) for label, images in rows.items()}
-        atomic_write(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
 
 
+@picture
 def save_comparison(path, cells, columns, title):
     """A table of images: {row label: {column: (8 images uint8 (n, C, H, W), caption)}}."""
     figure = Figure(figsize=(1.5 + 1.75 * len(columns), 1.08 * len(cells) + 0.7), dpi=120)
@@ -76,6 +101,7 @@ def save_comparison(path, cells, columns, title):
     _write(figure, path)
 
 
+@picture
 def save_curves(
     path, curves, xlabel, ylabel, title="", log="", references=None, colors=None, baselines=(),
     notes=None,
@@ -138,6 +164,7 @@ def save_fid_curves(path, rows, title=""):
     )
 
 
+@picture
 def save_sigma_grids(path, grids, title="", floor=1e-3):
     """Time grids {label: (sigmas, sigmas_net or None)} on a log axis; sigmas_net are crosses."""
     figure = Figure(figsize=(8, 0.5 * len(grids) + 1.3), dpi=120)

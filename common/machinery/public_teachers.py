@@ -6,7 +6,7 @@ from pathlib import Path
 from common import UsageError
 from common.machinery.edm_pickle import MOST_BYTES, NAMES, PUBLIC, READER, read_edm_pickle
 from common.machinery.files import cache_dir, download, locked, save_json, save_weights
-from common.machinery.pickles import Refused, read_file
+from common.machinery.foreign import Refused, read_file
 
 
 def is_public(spec):

@@ -8,8 +8,11 @@ import torch.distributed as dist
 
 
 def rank_and_world(device=None):
-    """(rank, number of ranks). Under torchrun the first call, with a device, joins the group."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    """(rank, number of ranks). Under torchrun the first call, with a device, joins the group.
+
+    A WORLD_SIZE without a RANK is left over in the shell.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
         return 0, 1
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

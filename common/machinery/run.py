@@ -10,28 +10,33 @@
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import types
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from common import UsageError
 from common.machinery.files import BAR, load_checkpoint, save_checkpoint, save_json
-from common.machinery.memory import bytes_at_hand, bytes_of_training, words_for
-from common.machinery.options import DATASETS
+from common.machinery.foreign import one_line
+from common.machinery.options import DATASETS, cli, print_no_more
 from common.machinery.ranks import (
     average_gradients,
     masks_of_this_rank,
@@ -40,6 +45,7 @@ from common.machinery.ranks import (
     sum_over_ranks,
 )
 
+LOCKS = {}  # of the folders in which runs of this process are at work
 METRICS = ("fid", "kid", "fid_unseen", "fd", "inception_score", "precision", "recall")
 
 
@@ -109,8 +115,9 @@ def tf32():
 class Run:
     """One run of a script. `config` needs `dataset data_dir seed device out resume smoke`.
 
-    Raises UsageError when the folder cannot be written, when --resume finds no checkpoint, or one
-    that was made with other options; and when a new run would replace an unfinished one.
+    Raises UsageError when the folder cannot be written or another process runs there, when --resume
+    finds no checkpoint, or one that was made with other options; and when a new run would replace
+    an unfinished one. A script's run is unfinished until its metrics.json is written.
     """
 
     # Options that a continued run may change: where it is, its memory, how results are measured.
@@ -122,7 +129,7 @@ class Run:
     def __init__(self, method, config, checkpoint_seconds=60):
         self.method, self.config = method, config
         self.checkpoint_seconds = checkpoint_seconds
-        self.out = Path(config.out or f"runs/{method}-{name_of_data(config)}")
+        self.out = Path(config.out) if config.out else self._default_folder()
         self.device, why = pick_device(config.device)
         self.rank, self.world = rank_and_world(self.device)
         self.loss = None  # set in the training loop: a tensor, or {name: tensor}
@@ -130,14 +137,7 @@ class Run:
         self.calls = 0  # of `backward` in this step
         self.networks, self.all_steps = (), None  # see `prepare`
         self.references = {}  # see `common.fid.measure`
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with open(self.out / "log.jsonl", "a"):
-                pass
-        except OSError as error:
-            raise UsageError(
-                f"--out {self.out}: cannot be written ({error.strerror}); choose another folder"
-            ) from None
+        self._enter()
         self.restored = self._checkpoint() if config.resume else self._nothing_is_lost()
         self.log_mode = "a" if config.resume else "w"  # the first line replaces an old log
         self.earlier_seconds = self.restored["seconds"] if self.restored else 0.0
@@ -147,16 +147,54 @@ class Run:
         self.start = time.perf_counter()
         self.say(f"{method} on {name_of_data(config)}: {why}, seed {config.seed}, out {self.out}")
 
+    def _default_folder(self):
+        """runs/METHOD-DATASET; with -2, -3, ... where a run with other options lies there."""
+        base = Path(f"runs/{self.method}-{name_of_data(self.config)}")
+        for number in count(2):
+            out = base if number == 2 else Path(f"{base}-{number - 1}")
+            try:
+                saved = load_checkpoint(out / "checkpoint.pt")["config"]
+            except (UsageError, KeyError):
+                return base if self.config.resume else out
+            if saved == self._options() or saved.get("smoke"):
+                return out
+
+    def _enter(self):
+        """Make --out, and keep other processes out of it. Raises UsageError."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with open(self.out / "log.jsonl", "ab+") as log:  # a line cut short ends here
+                if log.tell() and log.seek(-1, os.SEEK_END) >= 0 and log.read() != b"\n":
+                    log.write(b"\n")
+        except OSError as error:
+            raise UsageError(
+                f"--out {self.out}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
+        name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
+        path = Path(tempfile.gettempdir()) / f"fewstep-{name}.lock"
+        self.lock = LOCKS.setdefault(name, FileLock(path, thread_local=False))
+        if self.rank == 0:
+            with contextlib.suppress(OSError):  # the lock may be of another user
+                try:
+                    self.lock.acquire(timeout=0)
+                except Timeout:
+                    message = "another process runs there; wait for it, or give another --out"
+                    raise UsageError(f"--out {self.out}: {message}") from None
+
     def _sweep(self):
         """Delete what a killed run has left half written, under the names that we give."""
         for part in self.out.glob("*.part"):
-            if re.fullmatch(r".+\.(pt|json|png|npz)\.\d+\.part", part.name):
+            if re.fullmatch(r".+\.(pt|safetensors|json|png|npz)\.\d+\.part", part.name):
                 part.unlink(missing_ok=True)
 
     def say(self, line):
         """Print on rank 0, above any progress bar."""
         if self.rank == 0:
-            tqdm.write(line, file=sys.stdout)
+            try:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # as in `| head -1`: the run goes on
+                print_no_more()
 
     def seconds(self):
         return self.earlier_seconds + time.perf_counter() - self.start
@@ -182,34 +220,15 @@ class Run:
     def prepare(self, *networks, steps=None):
         """--checkpoint and --compile for U-Nets, or for modules that hold one as `net`.
 
-        Before the first step `steps` says what training them takes; steps: in all phases.
+        steps: in all phases, of which the first ones show how long all will take.
         """
         self.networks, self.all_steps = [getattr(m, "net", m) for m in networks], steps
+        if self.config.compile:
+            check_compiler(next(self.networks[0].parameters()).device)
         for module, network in zip(networks, self.networks):
             network.checkpoint = self.config.checkpoint
             if self.config.compile:
                 module.compile()
-
-    def _say_size(self, count):
-        """Parameters, steps and memory, before the first step."""
-        networks = [n for n in self.networks if isinstance(n, nn.Module)]
-        trained = [n for n in networks if any(p.requires_grad for p in n.parameters())]
-        if not trained:
-            return
-        parameters = [p.numel() for n in trained for p in n.parameters() if p.requires_grad]
-        images = self.config.batch_size
-        at_once = min(-(-images // self.world), self.config.batch_per_gpu or images)
-        line = f"{sum(parameters):,} parameters to train, {count:,} steps of {images:,} images"
-        try:
-            needed = sum(bytes_of_training(network, at_once) for network in trained) / 2**30
-        except Exception:  # networks of diffusers may do anything; only an estimate is lost
-            return self.say(line)
-        line += f", about {needed:.2g} GB of memory"
-        there = (bytes_at_hand(self.device) or math.inf) / 2**30
-        if needed > 0.8 * there:
-            fits = max(1, int(at_once * there / needed / 2))
-            line += f", of {there:.2g}: try --batch-per-gpu {fits}"
-        self.say(line)
 
     def _say_time(self, seconds, steps):
         """What `steps` more will take, after the first ones; nothing where it is short."""
@@ -253,7 +272,13 @@ class Run:
             for name, part in parts.items():
                 if name not in saved:
                     raise UsageError(f"--resume: {self.out / 'checkpoint.pt'} holds no {name!r}")
-                part.load_state_dict(saved[name])
+                try:
+                    part.load_state_dict(saved[name])
+                except Exception as error:  # of another version of this project, perhaps
+                    raise UsageError(
+                        f"--resume: the {name} in {self.out / 'checkpoint.pt'} does not fit "
+                        f"({one_line(error)}); to start anew, delete it"
+                    ) from None
             rng = self.restored["rng"]
             torch.set_rng_state(rng["cpu"])
             if "cuda" in rng and self.device.type == "cuda":
@@ -279,7 +304,8 @@ class Run:
             stop.append(number)
             self.say("\nstopping after this step; Ctrl-C again: at once, without saving it")
 
-        numbers = signal.SIGINT, signal.SIGTERM
+        in_main = threading.current_thread() is threading.main_thread()  # others get no signals
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
         handlers = {number: signal.signal(number, interrupt) for number in numbers}
         bar = tqdm(
             total=count, initial=first - begin, desc=what, disable=self.rank > 0, file=sys.stderr,
@@ -287,8 +313,6 @@ class Run:
         )
         self.loss, shown, saved, cost = None, time.perf_counter(), time.perf_counter(), 0
         in_all = self.all_steps or count
-        if first == 0 and count:
-            self._say_size(in_all)
         try:
             for step in range(first, last):
                 self.calls = 0
@@ -378,7 +402,7 @@ class Run:
             state = load_checkpoint(self.out / "checkpoint.pt")
         except UsageError:  # nothing there, or nothing of ours
             return
-        if state.get("half_way"):
+        if state.get("half_way") and not (self.out / "metrics.json").exists():
             raise UsageError(
                 f"--out {self.out}: a run of {state['fewstep']} was stopped here after step "
                 f"{state['step']}; go on with --resume, give another --out, or delete it"
@@ -391,7 +415,7 @@ class Run:
             if self.device.type == "cuda":
                 rng["cuda"] = torch.cuda.get_rng_state()
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            half_way = self.done < self.planned and not self.config.smoke
+            half_way = (self.done < self.planned or cli.running) and not self.config.smoke
             (self.out / "metrics.json").unlink(missing_ok=True)  # of another run, as of now
             save_checkpoint(
                 self.out / "checkpoint.pt",
@@ -419,8 +443,11 @@ class Run:
         """(steps, values) of everything in log.jsonl that has `name` (rank 0)."""
         if self.rank > 0:
             return [], []
-        lines = map(json.loads, (self.out / "log.jsonl").read_text().splitlines())
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = []
+        for line in (self.out / "log.jsonl").read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # a line that a full disk has cut short
+                if name in (line := json.loads(line)):
+                    points.append((line["step"], line[name]))
         return [step for step, _ in points], [value for _, value in points]
 
     def finish(self, results, **more):
@@ -433,7 +460,6 @@ class Run:
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name()
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         save_json(
             self.out / "metrics.json",
             {
@@ -441,7 +467,7 @@ class Run:
                 "dataset": self.config.dataset,
                 "teacher": teacher or f"{self.config.dataset} (shipped or cached)",
                 "seed": self.config.seed,
-                "command": command,
+                "command": command_line(),
                 "commit": commit(),
                 "device": f"{self.device} ({name})",
                 "versions": {**versions, "numpy": np.__version__},
@@ -453,6 +479,7 @@ class Run:
                 **more,
             },
         )
+        self.lock.release(force=True)
         columns = ["name", "nfe", "rmse_to_teacher", *METRICS]
         self.say(table(results, columns, self.references))
         for line in notes(results, columns, self.method):
@@ -461,6 +488,31 @@ class Run:
             self.say("--smoke tries the path only: these numbers mean nothing")
         files = sorted(f"{file.name}{'/' * file.is_dir()}" for file in self.out.iterdir())
         self.say(f"{self.seconds():.0f} s; in {self.out}: {', '.join(files)}")
+
+
+def command_line():
+    """What was typed after `python`, fit to be pasted."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec is not None and spec.origin == sys.argv[0]  # python -m common.teacher
+    program = ["-m", spec.name] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def check_compiler(device):
+    """UsageError unless torch.compile works here: it needs a compiler of C++, on a GPU Triton."""
+    try:
+        torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
+    except Exception as error:  # torch._inductor raises anything
+        raise UsageError(f"--compile: not possible here ({one_line(error)})") from None
+
+
+def words_for(seconds):
+    """'40 s', '12 minutes', '7.5 hours', '9 days'."""
+    for unit, length, least in (("days", 86400, 2), ("hours", 3600, 2), ("minutes", 60, 2)):
+        if seconds >= least * length:
+            digits = unit == "hours" and seconds < 10 * length
+            return f"{seconds / length:.{int(digits)}f} {unit}"
+    return f"{math.ceil(seconds)} s"
 
 
 def commit():
