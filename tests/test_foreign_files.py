@@ -244,7 +244,6 @@ NPZ = {
     "fewer values than its head says": (moments(sigma=header((4, 4)) + bytes(8)), "got 8"),
     "a negative shape": (moments(sigma=header((-4, -4)) + bytes(128)), "`mu` and `sigma`"),
     "a head that is code": (moments(sigma=header("__import__('os')")), "`mu` and `sigma`"),
-    "16 bytes a number": (moments(mu=np.zeros(4, np.longdouble)), "no numbers that torch knows"),
     "objects": (moments(mu=np.array([print] * 4)), "Object arrays cannot"),
     "texts": (moments(mu=np.array(["a"] * 4)), "no numbers"),
     "complex": (moments(mu=np.zeros(4, complex)), "no numbers"),
@@ -263,12 +262,6 @@ def test_hostile_moments_are_refused(case, tmp_path):
     path = npz(tmp_path / "ref.npz", **entries)
     extractor = SimpleNamespace(dim=4, name="some-features")
     one_line_refusal(lambda: load_moments(path, extractor), said, f"--reference {path}")
-
-
-def test_moments_of_another_byte_order_are_read(tmp_path):
-    path = npz(tmp_path / "ref.npz", mu=np.arange(4, dtype=">f8"), sigma=2 * np.eye(4, dtype=">f4"))
-    mu, cov = load_moments(path, SimpleNamespace(dim=4, name="some-features"))
-    assert torch.from_numpy(mu).tolist() == [0, 1, 2, 3] and cov.trace() == 8
 
 
 def test_moments_of_an_unknown_compression_are_refused(tmp_path):

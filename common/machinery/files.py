@@ -196,7 +196,7 @@ def read_json(path, option, what):
 
 
 def read_npz(path, names, most):
-    """Arrays of numbers of an .npz, of at most 8 bytes each. Raises Refused and other errors.
+    """Arrays of numbers of an .npz, of any byte order. Raises Refused and other errors.
 
     A few kilobytes can unpack to any size: together the entries may say at most `most` bytes.
     """
@@ -209,9 +209,9 @@ def read_npz(path, names, most):
             raise Refused(f"more than {most:,} bytes of numbers")
         arrays = [file[name] for name in names]
     for name, array in zip(names, arrays):
-        if array.dtype.kind not in "biuf" or array.itemsize > 8:
-            raise Refused(f"`{name}` is {array.dtype}: no numbers that torch knows")
-    return [array.astype(array.dtype.newbyteorder("="), copy=False) for array in arrays]
+        if array.dtype.kind not in "biuf":
+            raise Refused(f"`{name}` is {array.dtype}: no numbers")
+    return arrays
 
 
 def read_numbers(path, option, what, names):

@@ -1,21 +1,28 @@
 """The pictures a run leaves behind, as PNG: rows of images, curves, time grids. Rank 0 writes."""
+import contextlib
 import functools
 import itertools
 import os
+import sys
 
 import numpy as np
 
-try:
+try:  # the import fails where the MPLBACKEND of a notebook is not installed
+    BACKEND = "matplotlib" not in sys.modules and os.environ.pop("MPLBACKEND", None)
     import matplotlib
-except ValueError:  # MPLBACKEND of a notebook, which is not installed here
-    del os.environ["MPLBACKEND"]
-    import matplotlib
+finally:
+    if BACKEND:
+        os.environ["MPLBACKEND"] = BACKEND
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from common.machinery.files import atomic_write
 from common.machinery.foreign import one_line
 from common.machinery.ranks import rank_and_world
+
+if BACKEND:
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = BACKEND
 
 # One colour for a method in every picture (Okabe & Ito); all others are gray, as baselines.
 COLORS = {
