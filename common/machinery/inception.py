@@ -1,5 +1,6 @@
 """The Inception network of published FIDs, its weights, and EDM's reference moments."""
 import hashlib
+import io
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +95,8 @@ def load_inception(path, fetch):
             return None
     path, reason = path or cached, "not readable"
     try:
-        read_file(path, 2**27)  # 96 MB are right
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        data = read_file(path, 2**27)  # 96 MB are right
+        weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         reason = "not the weights of FID's Inception"
         net = Inception(weights)
     except Exception as error:  # torch.load raises anything, a foreign file may hold anything

@@ -36,6 +36,7 @@ def cli(main):
     """Run `main()` as a program: `UsageError` -> one line and exit code 2, Ctrl-C -> 130."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that an ASCII terminal lacks
+    program, cli.running = f"{Path(sys.argv[0]).name}: error:", True
     try:
         main()
         leave_group()
