@@ -163,6 +163,20 @@ def _by_nfe(group):
     return group[0][0]
 
 
+def untrained(dataset):
+    """{NFE: the row of the lowest FID} of what costs nothing."""
+    best = {}
+    for row in (read(f"{dataset}-grids") or [{"results": []}])[0]["results"]:
+        if "grid" in row and row["fid"] <= best.get(row["nfe"], row)["fid"]:
+            best[row["nfe"]] = row
+    return best
+
+
+def with_its_name(row):
+    """"0.323 (unipc3/cosine)" of a row of what costs nothing."""
+    return f"{number(row['fid'])} ({row['name'].replace(', ', '/')})"
+
+
 def pd_cfd(dataset, *longer):
     """FID of few steps; `longer`: the updates per stage of further runs of PD."""
     pd, cfd = [
@@ -170,8 +184,9 @@ def pd_cfd(dataset, *longer):
          for run in read(f"{dataset}-{folder.format(name)}")]
         for name in ("progressive", "cfd")
     ]
-    head = ["steps", "DDIM, cosine", "DDIM, EDM grid", "PD", "CFD"]
-    columns = [(pd[:1], "ddim"), (pd[:1], "ddim-edm"), (pd, "pd"), (cfd, "cfd")]
+    head = ["steps", "DDIM, cosine", "untrained", "PD", "CFD"]
+    columns = [(pd[:1], "ddim"), (pd, "pd"), (cfd, "cfd")]
+    free = untrained(dataset)
     for updates in longer:
         head.insert(-1, f"PD, {updates} updates")
         columns.insert(-1, (read(f"{dataset}-progressive-{updates}"), "pd"))
@@ -180,6 +195,7 @@ def pd_cfd(dataset, *longer):
         cells = [both(runs, name, nfe) for runs, name in columns]
         if nfe == 8:
             cells[-1] = "(starts here)"
+        cells.insert(1, with_its_name(free[nfe]) if nfe in free else "not run")
         rows.append([nfe, *(c if c != "not run" else "" for c in cells)])
     best = both(pd[:1], "teacher", 35)
     rows.append(["35 (teacher)", best, *[""] * (len(head) - 2)])
@@ -341,11 +357,8 @@ def readme_methods():
         rows.append([file, loss, learns, teacher, network, cost, *cells])
     baseline = "DDIM, cosine grid"
     rows.append(["(DDIM)", *[""] * 5, *(number(fids[baseline, n]) for n in COUNTS)])
-    best = {}  # what costs nothing
-    for row in read("digits-grids")[0]["results"]:
-        if "grid" in row and row["fid"] <= best.get(row["nfe"], row)["fid"]:
-            best[row["nfe"]] = row
-    cells = [f"{number(best[n]['fid'])} ({best[n]['name'].replace(', ', '/')})" for n in COUNTS]
+    free = untrained("digits")
+    cells = [with_its_name(free[n]) for n in COUNTS]
     rows.append(["**untrained**", *[""] * 5, *cells])
     return markdown(head, rows)
 
