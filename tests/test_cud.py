@@ -683,7 +683,8 @@ def same(a, b):
 
 
 def test_labels_need_classes(tmp_path):
-    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "a.png")
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
     with pytest.raises(UsageError, match="--conditional True: folder has no classes here"):
         cud.train(
             tiny(tmp_path / "run", dataset="folder", data_dir=str(tmp_path), conditional=True)
