@@ -66,9 +66,9 @@ def test_a_set_that_was_not_measured_says_so(capsys):
     assert capsys.readouterr().out.count("not measured on folder with 4 evaluations") == 1
 
 
-@pytest.mark.parametrize("dataset, counts", [("digits", (2, 3, 4, 5, 6, 8, 10)), ("mnist", (5,))])
-def test_every_hand_made_grid_is_in_the_kept_table(dataset, counts):
-    """With UniPC at these counts, and untrained.json is what the table says."""
+@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+def test_every_hand_made_grid_is_in_the_kept_table(dataset):
+    """With UniPC at five counts, and untrained.json is what the table says."""
     table = json.loads((grid_table.RESULTS / f"{dataset}-grids" / "metrics.json").read_text())
     found = {}
     for row in table["results"]:
@@ -76,7 +76,7 @@ def test_every_hand_made_grid_is_in_the_kept_table(dataset, counts):
             name = f"{solver_name(row['solver'], row['order'])}, {row['grid']}"
             assert row["name"] == name and row["fid_n"] >= 512
             found.setdefault(row["nfe"], set()).add(name)
-    for nfe in counts:
+    for nfe in (2, 3, 4, 5, 8):
         assert {f"unipc3, {grid}" for grid in GRIDS} <= found[nfe], f"{nfe} evaluations"
     assert TABLE[dataset] == grid_table.best_rows(table["results"])
     for nfe, best in TABLE[dataset].items():
