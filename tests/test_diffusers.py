@@ -338,6 +338,17 @@ def with_weights(change):
     return damage
 
 
+def test_a_model_that_has_only_a_half_variant_is_read(digits_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(digits_model, folder)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {name: weight.half() for name, weight in load_file(path).items()}
+    save_file(weights, path.with_suffix(".fp16.safetensors"))
+    path.unlink()
+    found = load(folder, "digits").net.unet.state_dict()
+    assert all(torch.equal(found[name], weight.float()) for name, weight in weights.items())
+
+
 def unet_config(**changes):
     return lambda folder: edit(folder / "unet" / "config.json", **changes)
 
@@ -353,6 +364,11 @@ BAD = {
     "another class": (unet_config(_class_name="DiTTransformer2DModel"), "DiTTransformer2DModel"),
     "variance": (unet_config(out_channels=2), "variance"),
     "no size": (unet_config(sample_size=None), "sample_size"),
+    "a size that is text": (unet_config(sample_size="32"), "sample_size"),
+    "a negative size": (unet_config(sample_size=-8), "sample_size"),
+    "no timesteps": (scheduler_config(num_train_timesteps=0), "not finite, above 0|no scheduler"),
+    "empty betas": (scheduler_config(trained_betas=[]), "not finite, above 0|no scheduler"),
+    "deep": (lambda f: (f / "unet" / "config.json").write_text("[" * 10**5), "recursion"),
     "another size": (unet_config(sample_size=16), r"\(1, 16, 16\), digits has \(1, 8, 8\)"),
     "fourier": (unet_config(time_embedding_type="fourier"), "timesteps"),
     "identity": (unet_config(class_embed_type="identity"), "class_embed_type"),

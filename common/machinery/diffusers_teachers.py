@@ -14,6 +14,7 @@ from torch import nn
 
 from common import UsageError
 from common.diffusion import Denoiser
+from common.machinery.foreign import one_line
 
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -143,9 +144,11 @@ def sigma_table(scheduler):
 
 # ---------------------------------------------------------------------------------- reading
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 FILES = [  # what is downloaded of a repository on the hub
     "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json",
     "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
     "scheduler/scheduler_config.json",
 ]
 
@@ -168,8 +171,8 @@ def load_diffusers(spec):
 def _errors_of(what):
     try:
         yield
-    except UsageError as error:
-        raise UsageError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # configs from anywhere: whatever they make of diffusers
+        raise UsageError(f"{what}: {one_line(error, 300)}") from None
 
 
 def _folder(spec):
@@ -214,9 +217,14 @@ def _read_scheduler(folder):
         sigmas = sigma_table(scheduler)
     except Exception as error:  # whatever the config holds
         raise UsageError(f"its scheduler's config makes no scheduler ({error})") from None
-    if not (sigmas.isfinite().all() and sigmas[0] > 0 and (sigmas.diff() > 0).all()):
+    if not (len(sigmas) > 1 and sigmas.isfinite().all() and sigmas[0] > 0 and (sigmas.diff() > 0).all()):
         raise UsageError("its scheduler's noise levels are not finite, above 0 and increasing")
     return scheduler
+
+
+def _is_size(value):
+    sides = value if type(value) in (list, tuple) and len(value) == 2 else (value,)
+    return all(type(side) is int and 0 < side <= 4096 for side in sides)
 
 
 def _read_model(folder):
@@ -225,7 +233,7 @@ def _read_model(folder):
     config, place = _read_config(diffusers.UNet2DModel, folder, "unet")
     for good, why in (
         (config.get("_class_name") == "UNet2DModel", f"is a {config.get('_class_name')}"),
-        (config.get("sample_size"), "has no sample_size"),
+        (_is_size(config.get("sample_size")), "has no sample_size of 1 to 4096 pixels"),
         (config.get("in_channels") == config.get("out_channels"), "also predicts its variance"),
         (config.get("time_embedding_type", "positional") == "positional", "embeds no timesteps"),
         (config.get("class_embed_type") is None, "has class_embed_type"),
@@ -238,7 +246,8 @@ def _read_model(folder):
     logging.set_verbosity(logging.CRITICAL)  # what it would say is in the error
     try:
         unet, info = diffusers.UNet2DModel.from_pretrained(
-            str(place), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            str(place), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True,
+            variant=None if (place / WEIGHTS).exists() else "fp16", torch_dtype=torch.float32,
         )
     except Exception as error:  # a damaged file, another shape
         raise UsageError(f"its weights do not fit its config ({error})") from None
