@@ -217,7 +217,8 @@ def _read_scheduler(folder):
         sigmas = sigma_table(scheduler)
     except Exception as error:  # whatever the config holds
         raise UsageError(f"its scheduler's config makes no scheduler ({error})") from None
-    if not (len(sigmas) > 1 and sigmas.isfinite().all() and sigmas[0] > 0 and (sigmas.diff() > 0).all()):
+    good = len(sigmas) > 1 and sigmas.isfinite().all() and sigmas[0] > 0
+    if not (good and (sigmas.diff() > 0).all()):
         raise UsageError("its scheduler's noise levels are not finite, above 0 and increasing")
     return scheduler
 
