@@ -19,6 +19,7 @@ import numpy as np
 
 import common
 from common import UsageError
+from common.diffusion import GRIDS
 from common.machinery.files import atomic_write, save_json
 from common.machinery.options import DATASETS, MOST_SEED, cli, option, parse_config
 from common.machinery.plots import COLORS, save_comparison, save_curves
@@ -154,7 +155,8 @@ def training_cost(metrics, row, runs):
     c, nfe = metrics["config"], row["nfe"]
     method = metrics["method"]
     if method == "ld3":
-        validations = 1 + -(-c["steps"] // 5)
+        starts = len(GRIDS) if c["start"] == "auto" and not c["schedule"] else 1
+        validations = starts + -(-c["steps"] // c["valid_every"])
         per_image = 4 if c["objective"] == "soft" else 3  # a move of the latent is tried out
         samples = per_image * c["steps"] * c["batch_size"] + validations * c["valid_n"]
         return nfe * samples + c["teacher_nfe"] * (c["train_n"] + c["valid_n"])
