@@ -122,9 +122,12 @@ def grids(dataset):
     for grid in GRIDS:
         line = [grid]
         for nfe in counts:
-            row = cells[grid, nfe]
+            row = cells.get((grid, nfe))
+            if row is None:
+                line.append("not run")
+                continue
             text = f"{number(row['fid'])} ({row['rmse_to_teacher']:.3f}), {row['name'].split(',')[0]}"
-            best = min(cells[other, nfe]["fid"] for other in GRIDS)
+            best = min(row["fid"] for (_, n), row in cells.items() if n == nfe)
             line.append(f"**{text}**" if row["fid"] == best else text)
         lines.append(line)
     return markdown(["network evaluations", *counts], lines)
@@ -132,22 +135,24 @@ def grids(dataset):
 
 def dode(dataset):
     """Solvers, plain and distilled, on each grid; then what needs no fit, in the same runs."""
-    head = ["solver", "grid", "NFE", "seeds", "RMSE", "distilled", "ratio", "FID\\*", "distilled"]
+    head = ["solver", "grid", "NFE", "n", "seeds", "RMSE", "distilled", "ratio"]
+    head += ["FID\\*", "distilled"]
     groups, free = {}, {}
     for run in read(f"{dataset}-compare/dode") + read(f"{dataset}-dode*"):
         grids = {}  # a run of several grids says each row's
         for row in run["results"]:
             grids[row["name"], row["nfe"]] = row.get("grid", run["config"]["grid"])
+        n = run["config"]["eval_n"]
         for (name, nfe), grid in grids.items():
             if name.startswith("d-"):
-                groups.setdefault((nfe, name[2:], grid), []).append(run)
+                groups.setdefault((nfe, n, name[2:], grid), []).append(run)
             elif name == "ab2":
-                free.setdefault((nfe, name, grids["ddim", nfe]), []).append(run)
+                free.setdefault((nfe, n, name, grids["ddim", nfe]), []).append(run)
             elif name.startswith("untrained"):
-                free.setdefault((nfe, name, ""), []).append(run)
+                free.setdefault((nfe, n, name, ""), []).append(run)
     lines = []
-    for (nfe, solver, grid), runs in sorted([*groups.items(), *free.items()], key=_by_nfe):
-        cells = [solver, grid, nfe, len(runs)]
+    for (nfe, n, solver, grid), runs in sorted([*groups.items(), *free.items()], key=_by_nfe):
+        cells = [solver, grid, nfe, n, len(runs)]
         for column in ("rmse_to_teacher", "fid"):
             plain = values(runs, solver, nfe, column)
             distilled = values(runs, f"d-{solver}", nfe, column)
@@ -160,7 +165,7 @@ def dode(dataset):
 
 
 def _by_nfe(group):
-    return group[0][0]
+    return group[0][:2]
 
 
 def untrained(dataset):
@@ -244,25 +249,35 @@ def flow_samplers(dataset):
 
 
 def gdd(dataset):
+    """What needs no training, of the first run; then the generators of all."""
     runs = read(f"{dataset}-compare/distributional") + read(f"{dataset}-gdd*")
+    names = [(row["name"], row["nfe"]) for row in runs[0]["results"]] if runs else []
+    # Files without a row "untrained" are older: their DDIM is on the EDM grid, and their
+    # discriminator saw the fakes of the generator's own step once more.
+    old = {id(run) for run in runs if not any("untrained" in r["name"] for r in run["results"])}
     rows = []
-    for name, nfe in [
-        ("ddim", 1), ("ddim", 5), ("ddim", 10), ("gdd", 1), ("gdd-i", 1), ("teacher", 35)
-    ]:
-        found = runs[:1] if name in ("ddim", "teacher") else runs  # the same in every run
+    for name, nfe in [n for n in names if "gdd" not in n[0]] + [("gdd", 1), ("gdd-i", 1)]:
+        found = [run for run in runs if values([run], name, nfe, "fid")]
+        found = found if "gdd" in name else runs[:1]
+        label = name
+        if found and id(found[0]) in old and name != "teacher":
+            label += ", EDM grid" if name == "ddim" else ", old fakes"
         shares = [cell(values(found, name, nfe, key)) for key in ("precision", "recall")]
-        rows.append([name, nfe, both(found, name, nfe), *shares])
+        rows.append([label, nfe, both(found, name, nfe), *shares])
     return markdown(["", "evaluations", "FID\\* / unseen", "precision", "recall"], rows)
 
 
 def composing_runs():
     """{methods: {(variant, NFE): the rows of its seeds}} of notebooks/composing.py."""
-    groups = {}
+    groups, newer = {}, measured_since()
     for file in read("digits-composing"):
         for row in file["results"]:
-            variants = groups.setdefault(row["methods"], {})
+            methods, solver = row["methods"], row["variant"].split(",")[0]
+            if newer.get(methods) and (methods == "" or solver in ("unipc", "d-ddim")):
+                continue
+            variants = groups.setdefault(methods, {})
             variants.setdefault((row["variant"], row["nfe"]), []).append(row)
-    for methods, variants in measured_since().items():
+    for methods, variants in newer.items():
         groups[methods] = groups.get(methods, {}) | variants
     return groups
 
