@@ -605,7 +605,10 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("self.head = self.head or self.heads", "self.head = self.head or 1"),
         ("zs[m] + (16 - m) *", "zs[m] + (15 - m) *"),
         ("for m in (8, 11, 14)]", "for m in (8, 11, 15)]"),
-        ("        optimizer.step()\n", ""),
+        (
+            "        optimizer.step()\n        ema_update(ema, net, ema_decay(i))\n        if",
+            "        ema_update(ema, net, ema_decay(i))\n        if",
+        ),
         ("min(0.9999, (1 + i) / (10 + i))", "0"),
         ("min(1, (i + 1) / max(1, config.warmup))", "min(1, i / max(1, config.warmup))"),
         ("run.resume(trained=trained, emas=emas,", "run.resume(trained=trained,"),
