@@ -456,6 +456,7 @@ def saved(image, kind="png", **how):
 def test_images_are_turned_scaled_and_put_on_white(tmp_path):
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, (4, 4)).astype(np.uint8)
+    wide = np.minimum(grey.astype(int) * 257 + 100, 2**16 - 1).astype(np.uint16)  # rounds to grey
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
     colour = rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)
@@ -466,7 +467,7 @@ def test_images_are_turned_scaled_and_put_on_white(tmp_path):
     palette.putpalette([9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 0, 0])
     cases = {
         "turned": (saved(Image.fromarray(colour), exif=exif), np.rot90(colour, -1)),
-        "16 bits": (saved(Image.fromarray(grey.astype(np.uint16) * 257)), grey[..., None]),
+        "16 bits": (saved(Image.fromarray(wide)), grey[..., None]),
         "rgba": (saved(Image.fromarray(np.concatenate([colour, alpha], 2))), on_white),
         "la": (saved(Image.fromarray(colour[..., 0]).convert("LA")), colour[..., :1]),
         "two levels": (saved(Image.fromarray(grey > 99)), 255 * (grey > 99)[..., None]),
