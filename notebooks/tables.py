@@ -172,7 +172,7 @@ def untrained(dataset):
     """{NFE: the row of the lowest FID} of what costs nothing."""
     best = {}
     for row in (read(f"{dataset}-grids") or [{"results": []}])[0]["results"]:
-        if "grid" in row and row["fid"] <= best.get(row["nfe"], row)["fid"]:
+        if "grid" in row and (row["nfe"] not in best or row["fid"] < best[row["nfe"]]["fid"]):
             best[row["nfe"]] = row
     return best
 
