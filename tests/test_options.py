@@ -170,7 +170,9 @@ def test_cli_turns_errors_into_one_line_and_an_exit_code(error, code, line, caps
 def test_cli_hides_no_fault_of_ours(capsys):
     with pytest.raises(ZeroDivisionError):
         cli(lambda: 1 / 0)
-    assert cli(lambda: None) is None
+    seen = []
+    assert cli(lambda: seen.append(cli.running)) is None
+    assert seen == [True] and not cli.running  # what calls main() later is no program of ours
 
 
 # ---------------------------------------------------------------------- presets and ranges

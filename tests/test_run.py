@@ -656,6 +656,9 @@ def test_a_program_is_unfinished_until_its_metrics_are_written(tmp_path, monkeyp
     assert not list(run.steps(9))
     run.finish([{"name": "ours", "nfe": 1}])
     make(tmp_path)
+    tried = tmp_path / "tried"  # a smoke test is never in the way
+    assert train(tried, smoke=True)[0] == 0
+    make(tried)
 
 
 def test_a_run_with_other_options_gets_a_default_folder_of_its_own(tmp_path, monkeypatch):
