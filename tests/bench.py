@@ -422,6 +422,7 @@ def ld3_process(nfe, checkpoint, steps, batch):
             solver="dpmpp",
             train_n=int(batch),
             valid_n=1,
+            start="logsnr",
             batch_size=int(batch),
             steps=int(steps),
             device="cpu",
@@ -614,7 +615,7 @@ def tiny(device):
     solvers(device, (1,), 2)
     frechet((16,), 2)
     streams(4, 8, 100, 2)
-    methods(device, 4, (4,), ld3=dict(train_n=10, valid_n=2), dode=dict(fit_batch=8))
+    methods(device, 4, (4,), ld3=dict(batch_size=10, train_n=10, valid_n=2), dode=dict(fit_batch=8))
     layouts(device, 4, 2)
     ld3_memory(4, (4,))
     gdd_freezing([("digits", 4), ("tiny", 2)])
