@@ -183,11 +183,14 @@ def files_of_cifar10(monkeypatch):
 
 ROWS = {
     "ld3": {*GRIDS, "ld3", "teacher"},
-    "dode": {*DODE["solver"], *(f"d-{s}" for s in DODE["solver"]), "ab2", "dpmpp2m", "teacher"},
+    "dode": {
+        *DODE["solver"], *(f"d-{s}" for s in DODE["solver"]), "ab2", "dpmpp2m", "untrained",
+        "teacher",
+    },
     "progressive": {"ddim", "ddim-edm", "untrained", "pd", "teacher"},
     "cfd": {"ddim", "ddim-edm", "untrained", "pd", "cfd", "teacher"},
     "cud": {"cud", "cud-1step"},
-    "distributional": {"ddim", "gdd-i", "teacher"},
+    "distributional": {"ddim", "untrained", "gdd-i", "teacher"},
     "common.teacher": {"teacher"},
 }
 FILES = {
@@ -196,7 +199,7 @@ FILES = {
     "progressive": ["fid.png", "student-1.safetensors"],
     "cfd": ["fid.png", "student-1.safetensors"],
     "cud": ["fid.png"],
-    "distributional": ["losses.png"],
+    "distributional": ["losses.png", "generator.safetensors"],
     "common.teacher": ["teacher.safetensors"],
 }
 
