@@ -67,13 +67,16 @@ def count_evaluations(monkeypatch, script, *arguments):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_the_cost_is_what_the_training_does(script, tmp_path, monkeypatch):
-    more = ["--solver", "ddim"] if script is dode else []
-    counted, metrics = count_evaluations(monkeypatch, script, "--out", tmp_path, *more)
-    rows = [row for row in metrics["results"] if row["name"] not in ("teacher", "ddim", "edm")]
     names = {name for method, name, _ in compare.SERIES.values() if method == script.__name__}
-    rows = [row for row in rows if row["name"] in names]
-    costs = [compare.training_cost(metrics, row, {}) for row in rows]
-    assert max(costs) == counted
+    options = {dode: [["--solver", "ddim"]]}.get(script, [[]])
+    if script is ld3:
+        options = [["--objective", "soft"], ["--objective", "hard"]]
+    for more in options:
+        counted, metrics = count_evaluations(monkeypatch, script, "--out", tmp_path, *more)
+        rows = [row for row in metrics["results"] if row["name"] not in ("teacher", "ddim", "edm")]
+        rows = [row for row in rows if row["name"] in names]
+        costs = [compare.training_cost(metrics, row, {}) for row in rows]
+        assert max(costs) == counted
 
 
 def test_the_cost_of_cfd_has_the_part_of_pd_before_it(tmp_path, monkeypatch):
