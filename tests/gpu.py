@@ -100,7 +100,7 @@ def main():
     parser.add_argument("--data-dir", help="CIFAR-10, where it is not to be downloaded")
     parser.add_argument("--minutes", type=float, default=5, help="of teacher and of bench")
     parser.add_argument("--ld3", default=f"{results}/digits-ld3-seed0/metrics.json")
-    parser.add_argument("--dode", default=f"{results}/digits-compare/dode/metrics.json")
+    parser.add_argument("--dode", default=f"{results}/digits-dode-seed0/metrics.json")
     config = parser.parse_args()
     config.out = config.out.resolve()
     config.out.mkdir(parents=True, exist_ok=True)
