@@ -127,7 +127,7 @@ def test_the_longer_commands_of_the_readme_work_one_after_the_other(tmp_path):
     more = {
         "progressive.py": "--from-steps 8",
         "progressive.py --dataset folder --data-dir my-images":
-            "--teacher runs/teacher-my-images/teacher.pt",
+            "--teacher runs/teacher-my-images/teacher.safetensors",
     }
     (tmp_path / "my-images").mkdir()
     for k, pixels in enumerate(torch.randint(256, (24, 16, 16, 3), dtype=torch.uint8).numpy()):
