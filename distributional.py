@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common.baselines import untrained_sampler
+from common.baselines import reference_sampler, untrained_sampler
 from common.classifier import ImageNetFeatures, load_classifier
 from common.datasets import Stream, load_dataset
 from common.diffusion import sigma_grid, with_labels
@@ -54,7 +54,7 @@ from common.machinery.options import (
 )
 from common.machinery.plots import save_curves, save_rows
 from common.machinery.run import Run
-from common.solvers import euler, heun
+from common.solvers import euler
 from common.teacher import check_classes, ema_decay, ema_update, load_teacher, save_teacher
 
 # --- the generator
@@ -337,23 +337,23 @@ def train(config, run=None, teacher=None, networks=None, stream=None):
 def make_samplers(config, teacher, generator):
     """{(name, NFE): sampler(noise, labels) -> x0}: of the teacher, and the generator's step."""
 
-    def sampler(solver, sigmas):
+    def ddim(sigmas):
         def sample(noise, labels):
-            return solver(with_labels(teacher, labels), sigmas[0].item() * noise, sigmas)
+            return euler(with_labels(teacher, labels), sigmas[0].item() * noise, sigmas)
 
         return sample
 
     samplers = {}
     for nfe in config.nfe:
         cosine = sigma_grid("cosine", nfe, sigma_max=config.sigma_max)
-        samplers["ddim", nfe] = sampler(euler, cosine)
+        samplers["ddim", nfe] = ddim(cosine)
         name, best = untrained_sampler(teacher, config.dataset, nfe, sigma_max=config.sigma_max)
         samplers[name, nfe] = best
     name = "gdd" if config.freeze == "none" else "gdd-i"
     samplers[name, 1] = one_step(generator, config.sigma_max)
-    n = 1 if config.smoke else 17  # steps of two evaluations, then one of one evaluation to 0
-    edm = F.pad(sigma_grid("edm", n, sigma_max=config.sigma_max), (0, 1))
-    samplers["teacher", 2 * n + 1] = sampler(heun, edm)
+    steps = 2 if config.smoke else 18
+    evaluations, heun_of_teacher = reference_sampler(teacher, config.sigma_max, steps)
+    samplers["teacher", evaluations] = heun_of_teacher
     return samplers
 
 

@@ -99,15 +99,21 @@ def samplers_of(denoiser, names, grid, nfe):
     return samplers
 
 
-def best_rows(rows):
-    """{NFE as text: the row with the lowest FID} of a table, what `common.baselines` reads."""
+def best_by_count(rows):
+    """{NFE: the row with the lowest FID} of a table."""
     best = {}
-    columns = ("solver", "order", "grid", "fid", "rmse_to_teacher")
     for nfe in sorted({row["nfe"] for row in rows if "grid" in row}):
         candidates = [row for row in rows if row["nfe"] == nfe and "grid" in row]
-        row = min(candidates, key=lambda row: (row["fid"], row["grid"] != "cosine"))  # NFE 1: equal
-        best[str(nfe)] = {column: row[column] for column in columns}
+        # With one evaluation all grids are equal.
+        best[nfe] = min(candidates, key=lambda row: (row["fid"], row["grid"] != "cosine"))
     return best
+
+
+def best_rows(rows):
+    """What `common.baselines` reads of a table: {NFE as text: columns of the best row}."""
+    columns = ("solver", "order", "grid", "fid", "rmse_to_teacher")
+    best = best_by_count(rows)
+    return {str(nfe): {column: row[column] for column in columns} for nfe, row in best.items()}
 
 
 def keep(metrics):

@@ -15,11 +15,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TEXTS = [HERE.parent / name for name in ("README.md", "RESULTS.md")]
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from common.compare import COUNTS  # noqa: E402
 from common.diffusion import GRIDS  # noqa: E402
 from common.machinery.run import METRICS, table  # noqa: E402
+from grid_table import best_by_count  # noqa: E402
 
 
 def read(pattern):
@@ -170,11 +171,7 @@ def _by_nfe(group):
 
 def untrained(dataset):
     """{NFE: the row of the lowest FID} of what costs nothing."""
-    best = {}
-    for row in (read(f"{dataset}-grids") or [{"results": []}])[0]["results"]:
-        if "grid" in row and (row["nfe"] not in best or row["fid"] < best[row["nfe"]]["fid"]):
-            best[row["nfe"]] = row
-    return best
+    return best_by_count((read(f"{dataset}-grids") or [{"results": []}])[0]["results"])
 
 
 def with_its_name(row):
