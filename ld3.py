@@ -7,30 +7,30 @@ solver, so that its samples match those of an accurate solver. The network is fr
 Loss, for unit Gaussian noise z (trainer.py: loss 278-286, moved latents 473-489):
     hard:  E d(Psi_xi(sigma_max z), Psi(sigma_max z))
     soft:  E  min over z' with |z' - z| <= r  of  d(Psi_xi(sigma_max z'), Psi(sigma_max z))
-Psi_xi is the solver with few steps on the grid xi = (theta1, theta2), see `TimeGrid`; Psi
-the teacher solver; d a distance of images; r = 0.001 H W C / NFE^2 the radius of a ball
-around the latent z. The paper's time t is our noise level sigma.
+Psi_xi is the solver with few steps on the grid xi = (theta1, theta2), see `TimeGrid`. Psi
+is the teacher solver with many steps, d a distance of images, and r = 0.001 H W C / NFE^2
+the radius of a ball around z. The paper's time t is our noise level sigma. The latents z
+are drawn once: some for training, others for validation, others for the evaluation.
 
-Differences from the paper and its official code (github.com/vinhsuhi/LD3, commit
-9e4a66f). The official recipe, except for what has no flag:
-    --start logsnr --distance lpips --objective soft --optimizer rmsprop --steps 175
-    --theta1-steps 50 --train-n 50 --valid-n 50 --batch-size 2 --valid-every 1 --lr1 .005
-    --lr2 .1
+Differences from the paper and its official code (github.com/vinhsuhi/LD3, 9e4a66f), whose
+recipe, except for what has no flag, is --start logsnr --distance lpips --objective soft
+    --optimizer rmsprop --steps 175 --theta1-steps 50 --train-n 50 --valid-n 50
+    --batch-size 2 --valid-every 1 --lr1 .005 --lr2 .1
  1. Start: the hand-made grid that is best on the validation latents (theirs: logsnr; in
     time mode, uniform). If nothing better is found on these, the result is the start.
  2. Small data: the hard objective, d the mean square, Adam with learning rates that fall
     to 0, 400 training and 256 validation latents. Large data: soft and RMSprop as theirs.
  3. d for large data: LPIPS if it is installed (theirs: always), else classifier features.
  4. The shifts theta2 reach half the smallest gap of the grid (theirs, in lambda mode:
-    half the smallest difference of the logits theta1, 0 at first: theta2 has no effect).
+    half the smallest difference of the logits theta1, which is 0 at first: no shift).
  5. Validation latents stay (theirs are moved too, so their validation loss is biased
     low). The latents' learning rate is halved after a round in which no training latent
     moved (theirs: no validation latent). As in theirs, a move is kept if the moved latent
     on the new grid has a lower loss than the unmoved one on the old grid.
  6. UniPC is differentiated through all its coefficients (theirs detaches the ratios r_i).
- 7. Plateau: five validations without progress (theirs: the same, but a run's first one
-    lowers no learning rate, theta2's falls only once it is trained, every round begins at
-    the best grid, and the lowest learning rate ends training).
+ 7. After five validations without progress the best grid is reloaded and both learning
+    rates fall (theirs: not at the first such plateau, theta2's not before it is trained;
+    also, each round begins at the best grid, and the lowest learning rate ends training).
  8. Incomplete batches at the end of a round are left out (theirs: used).
 Digits, 5 evaluations, three seeds: RMSE to the teacher .082 (cosine grid) -> .075 +- .003.
     python ld3.py                             # digits: a minute on 2 CPU cores
@@ -51,7 +51,6 @@ from torch.utils.checkpoint import checkpoint
 from common.classifier import make_distance
 from common.diffusion import GRIDS, noise_from_seeds, sigma_grid, with_labels
 from common.fid import labels_for, make_evaluator, measure
-from common.machinery.diffusers_export import check_export, export_grid
 from common.machinery.options import SolverOptions, cli, complete, option, parse_config, require
 from common.machinery.plots import save_rows, save_sigma_grids
 from common.machinery.ranks import from_first_rank
@@ -80,6 +79,7 @@ class TimeGrid(nn.Module):
         self.theta2 = nn.Parameter(torch.zeros(n + 1, dtype=torch.float64))
 
     def window(self, levels):
+        """The largest shift, half the smallest gap: a limit, through which no gradient flows."""
         return levels.detach().diff().abs().min() / 2
 
     def forward(self):
@@ -100,7 +100,7 @@ class TimeGrid(nn.Module):
 
     @torch.no_grad()
     def set_to(self, sigmas, sigmas_net):
-        """Take over a grid. The log of its gaps inverts the softmax; theta2 are the shifts."""
+        """Set theta1 and theta2 to a given grid: the log of its gaps inverts the softmax."""
         levels, levels_net = sigmas, sigmas_net
         if self.mode == "lambda":
             levels, levels_net = -sigmas.log(), -sigmas_net.log()
@@ -162,7 +162,6 @@ class Config(SolverOptions):
     lr2: float | None = option(None, "of theta2; SGD's is over NFE (official: 0.1)", above=0)
     lr_latent: float = option(12.0, "of the latents, over NFE (official)", above=0)
     radius: float = option(0.001, "of their ball, times H W C / NFE^2 (official)", low=0)
-    export: str | None = option(None, "folder for diffusers: the grid as its scheduler")
     checkpoint: bool = option(False, "recompute evaluations in the backward pass")
 
     def __post_init__(self):
@@ -173,13 +172,13 @@ class Config(SolverOptions):
         require(self.order in orders, "order", self.order, f"{self.solver} offers {orders}")
         message = f"must be at least --batch-size {self.batch_size}"
         require(self.train_n >= self.batch_size, "train_n", self.train_n, message)
+        # The grids to start from, {name: (sigmas, sigmas_net)}.
         kinds = GRIDS if self.start == "auto" else (self.start,)
         self.starts = {kind: (self.grid(kind), self.grid(kind)) for kind in kinds}
         if self.schedule:
             self.starts = {self.schedule: load_schedule(self.schedule, self.grid("edm"))}
         if self.steps and self.times == "coupled":
             self.starts = {kind: (sigmas, sigmas) for kind, (sigmas, _) in self.starts.items()}
-        check_export(self)
 
     def grid(self, kind):
         return sigma_grid(kind, self.n, self.sigma_min, self.sigma_max)
@@ -189,10 +188,10 @@ class Config(SolverOptions):
         return partial(SOLVERS[self.solver], order=self.order, **options)
 
 
-# Large data: the official values for pixel models (configs/cifar10.yml, trainer.py, utils.py),
-# except --start auto (theirs: logsnr) and --valid-every 5 (theirs: 1). The official values for
-# latent models: --mode time --variant bh2 --batch-size 1 --lr2 .001 --steps 250
-# --theta1-steps 100.
+# Large data: the official values for pixel models (configs/cifar10.yml, trainer.py and
+# utils.py), except --start auto (theirs: logsnr) and --valid-every 5 (theirs: 1). The
+# official values for latent models: --mode time --variant bh2 --batch-size 1 --lr2 .001
+# --steps 250 --theta1-steps 100.
 _LARGE = dict(
     distance="lpips" if importlib.util.find_spec("lpips") else "features", objective="soft",
     optimizer="rmsprop", steps=175, theta1_steps=50, train_n=50, valid_n=50, batch_size=2,
@@ -222,8 +221,8 @@ SMOKE = dict(
 def train(config, run, teacher, distance):
     """Learn the grid: sigmas, sigmas_net (n+1,).
 
-    It is the start if nothing better is found on the validation latents. Under torchrun all
-    ranks do the same.
+    It is the start if nothing better is found on the validation latents. Under torchrun
+    all ranks do the same.
     """
     grid = TimeGrid(config.n, config.sigma_min, config.sigma_max, config.mode)
     solver = config.student()
@@ -249,7 +248,7 @@ def train(config, run, teacher, distance):
 
     @torch.no_grad()
     def validate():
-        """The loss of each validation latent, (V,): two grids are compared on the same ones."""
+        """The loss of each validation latent, (V,): grids are compared on the same ones."""
         batches = indices[config.train_n :].split(config.eval_batch)
         return torch.cat([loss_fn(origin[i], i) for i in batches]).double()
 
@@ -266,16 +265,16 @@ def train(config, run, teacher, distance):
         optimizer1 = torch.optim.RMSprop([grid.theta1], config.lr1, momentum=0.9)
         optimizer2 = torch.optim.SGD([grid.theta2], config.lr2 / config.nfe)
     state = State(
-        best=copy.deepcopy(grid.state_dict()), losses=start_losses[start], bad=0,
+        best=copy.deepcopy(grid.state_dict()), losses=start_losses[start], no_progress=0,
         latents=origin[: config.train_n].clone(), lr_latent=config.lr_latent / config.nfe,
         moved=origin.new_zeros(()),
     )
     run.resume(grid=grid, optimizer1=optimizer1, optimizer2=optimizer2, state=state)
-    batches = config.train_n // config.batch_size  # in a round over the training latents
+    in_round = config.train_n // config.batch_size  # updates in a round over the latents
     for step in run.steps(config.steps, "learning the grid"):
-        rng = torch.Generator().manual_seed(config.seed * 10**6 + step // batches)
+        rng = torch.Generator().manual_seed(config.seed * 10**6 + step // in_round)
         order = torch.randperm(config.train_n, generator=rng).to(run.device, non_blocking=True)
-        first = step % batches * config.batch_size
+        first = step % in_round * config.batch_size
         i = order[first : first + config.batch_size]
         latents = state.latents[i].requires_grad_(config.objective == "soft")
         losses = loss_fn(latents, i)  # (B,)
@@ -293,12 +292,12 @@ def train(config, run, teacher, distance):
             optimizer2.step()
 
         if config.objective == "soft":
-            with torch.no_grad():  # a moved latent, new grid, against the unmoved one, old grid
+            with torch.no_grad():  # the moved latent, new grid; the unmoved one, old grid
                 moved = project(latents - state.lr_latent * latents.grad, origin[i], radius)
                 better = loss_fn(moved, i) < losses
                 state.latents[i] = torch.where(better.view(-1, 1, 1, 1), moved, latents)
                 state.moved += better.sum()
-            if (step + 1) % batches == 0:  # the end of a round in which no latent moved
+            if (step + 1) % in_round == 0:  # the end of a round in which no latent moved
                 if state.moved == 0:
                     state.lr_latent /= 2
                 state.moved.zero_()
@@ -306,16 +305,18 @@ def train(config, run, teacher, distance):
         if (step + 1) % config.valid_every == 0 or step + 1 == config.steps:
             losses = validate()
             run.log(step=step, validation=losses.mean().item())
-            state.bad += 1
+            state.no_progress += 1
             if losses.mean() < state.losses.mean():
-                state.best, state.losses, state.bad = copy.deepcopy(grid.state_dict()), losses, 0
-            if state.bad == 5 and config.optimizer == "rmsprop":
-                # A plateau: reload the best grid, both learning rates x 0.8.
-                state.bad = 0
+                state.best, state.losses = copy.deepcopy(grid.state_dict()), losses
+                state.no_progress = 0
+            if state.no_progress == 5 and config.optimizer == "rmsprop":
+                # Reload the best grid, both learning rates x 0.8, down to a lowest one.
+                state.no_progress = 0
                 grid.load_state_dict(state.best)
-                for optimizer, floor in ((optimizer1, 5e-5), (optimizer2, 1e-6)):
+                for optimizer, lowest in ((optimizer1, 5e-5), (optimizer2, 1e-6)):
                     group, = optimizer.param_groups
-                    group["lr"] = min(group["lr"], max(0.8 * group["lr"], floor))
+                    if group["lr"] > lowest:
+                        group["lr"] = max(0.8 * group["lr"], lowest)
 
     gain = start_losses[start] - state.losses  # (V,), paired
     error = gain.std(correction=0).item() / len(gain) ** 0.5
@@ -338,11 +339,11 @@ def main():
     grids = {kind: (config.grid(kind), None) for kind in GRIDS}
     if config.steps:
         grids["ld3"] = train(config, run, teacher, distance)
-        about = {k: getattr(config, k) for k in ("solver", "order", "nfe", "dataset")}
+        names = ("solver", "order", "variant", "nfe", "dataset", "teacher")
+        about = {name: getattr(config, name) for name in names}
         save_schedule(run.out / "schedule.json", *grids["ld3"], **about)
     elif config.schedule:
         grids["ld3"] = config.starts[config.schedule]
-    export_grid(config, teacher, *grids.get("ld3", (None, None)))
 
     solver = config.student()
 

@@ -20,12 +20,11 @@ import torch
 
 from common import UsageError, unet
 from common.datasets import ASSETS, Stream, fingerprint, load_dataset, shape_of
-from common.diffusion import Denoiser, expand, sigma_grid, with_labels
+from common.diffusion import Denoiser, FlowDenoiser, expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
 from common.machinery.claims import check_network
 from common.machinery.diffusers_teachers import is_diffusers, load_diffusers
 from common.machinery.files import cache_dir, load_weights, save_weights
-from common.machinery.flow_teachers import FlowDenoiser
 from common.machinery.foreign import one_line
 from common.machinery.options import (
     TrainingOptions,
@@ -173,8 +172,9 @@ def load_teacher(spec, dataset, device, data_dir=None):
     denoiser = load_diffusers(spec) if is_diffusers(spec) else read_teacher(spec)
     shape = denoiser.net.img_shape
     if dataset != "folder" or data_dir:
-        right = tuple(shape_of(dataset, data_dir))
-        require(shape == right, "teacher", spec, f"makes images of {shape}, {dataset} has {right}")
+        needed = tuple(shape_of(dataset, data_dir))
+        message = f"makes images of {shape}, {dataset} has {needed}"
+        require(shape == needed, "teacher", spec, message)
     return denoiser.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -271,11 +271,10 @@ def new_network(config, data, **changes):
         net.kwargs = kwargs
         return net, kwargs
     except ValueError as error:
-        halved = "cannot be halved" in str(error)
         mult = " ".join(map(str, levels_for(data.resolution)[0]))
-        right = f"; try --channel-mult {mult}" if halved else ""
+        advice = f"; try --channel-mult {mult}" if "cannot be halved" in str(error) else ""
         name = f"--dataset {config.dataset} with --arch {config.arch}"
-        raise UsageError(f"{name}: {error}{right}") from None
+        raise UsageError(f"{name}: {error}{advice}") from None
 
 
 @torch.no_grad()

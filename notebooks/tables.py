@@ -17,9 +17,10 @@ RESULTS = HERE / "results"
 TEXTS = [HERE.parent / name for name in ("README.md", "RESULTS.md")]
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from common.compare import COUNTS  # noqa: E402
 from common.diffusion import GRIDS  # noqa: E402
 from common.machinery.run import METRICS, table  # noqa: E402
+import losses  # noqa: E402
+from compare import COUNTS  # noqa: E402
 from grid_table import best_by_count  # noqa: E402
 
 
@@ -412,6 +413,18 @@ def bench():
     return markdown(["", "median", "range", "limit"], rows)
 
 
+def loss_curves():
+    """The picture of each method's kept log.jsonl, and what the quantities in it mean."""
+    rows = []
+    for method, quantities in losses.MEANING.items():
+        for picture in sorted(RESULTS.glob(f"digits-{method}-*/losses.png")):
+            run = picture.parent.name
+            link = f"[{run}](notebooks/results/{run}/losses.png)"
+            for name, meaning in quantities.items():
+                rows.append([link, name, meaning])
+    return markdown(["run", "quantity", "what it is, and what it should do"], rows)
+
+
 TABLES = {
     "readme_ld3": readme_ld3,
     "readme_methods": readme_methods,
@@ -430,6 +443,7 @@ TABLES = {
     "mnist_cud": partial(cud, "mnist"),
     "mnist_gdd": partial(gdd, "mnist"),
     "composing": composing,
+    "loss_curves": loss_curves,
     "bench": bench,
 }
 

@@ -1,6 +1,8 @@
-"""common.compare: which commands it runs, what trainings cost, and the table it leaves."""
+"""notebooks/compare.py: which commands it runs, what trainings cost, and the table it leaves."""
 
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,10 @@ import distributional
 import dode
 import ld3
 import progressive
-from common import UsageError, compare, unet
+from common import UsageError, unet
+
+sys.path.append(str(Path(__file__).parent.parent / "notebooks"))
+import compare  # noqa: E402
 
 SCRIPTS = [ld3, dode, progressive, cud, distributional]
 

@@ -7,6 +7,7 @@ import re
 import sys
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from common.machinery.options import (
     preset_name,
     require,
 )
+
+sys.path.append(str(Path(__file__).parent.parent / "notebooks"))
 
 
 @dataclass
@@ -288,7 +291,7 @@ def test_a_value_out_of_its_range_is_named(option, right, wrong, words):
         assert one_line(error).startswith(f"--{option} {one}: ")  # the wrong one
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *(f"common.{n}" for n in ("teacher", "compare"))])
+@pytest.mark.parametrize("script", [*SCRIPTS, "common.teacher", "compare"])
 def test_every_number_has_a_range(script):
     """Nanoseconds as a seed, 2^64, infinity: one line, and not what numpy or torch would say."""
     module = importlib.import_module(script)

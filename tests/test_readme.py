@@ -64,7 +64,7 @@ ALL = all_commands()
 
 
 def test_the_commands_are_found():
-    assert ("ld3", ()) in ALL and ("common.compare", ()) in ALL and len(ALL) >= 40
+    assert ("ld3", ()) in ALL and ("notebooks.compare", ()) in ALL and len(ALL) >= 40
     assert ("progressive", ("--dataset", "imagenet64")) in [(m, a[:2]) for m, a in ALL]
 
 

@@ -3,7 +3,7 @@
 Read are a UNet2DModel, unconditional or with classes, and the config of a DDPM or DDIM scheduler:
 a pipeline's folder (unet/, scheduler/), the model's with scheduler_config.json in it, or such a
 repository on the hub. Weights come from safetensors, never from a pickle. diffusers is imported
-in functions alone, here and in diffusers_export.py: who does not use it need not have it.
+in functions alone: who does not use it need not have it.
 """
 import contextlib
 import re
@@ -110,10 +110,8 @@ class DiffusersDenoiser(Denoiser):
         from diffusers import DDPMPipeline
 
         folder = Path(path).with_suffix("")
-        try:
+        with _errors_of(f"cannot write {folder}"):
             DDPMPipeline(self.net.unet, self.scheduler).save_pretrained(folder)
-        except OSError as error:
-            raise UsageError(f"cannot write {folder} ({error.strerror or error})") from error
 
     def load(self, path):
         """Take the weights of a student of this model that `save` wrote. Raises UsageError."""
@@ -145,11 +143,11 @@ def sigma_table(scheduler):
 # ---------------------------------------------------------------------------------- reading
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+HALF = "diffusion_pytorch_model.fp16.safetensors"
 FILES = [  # what is downloaded of a repository on the hub
-    "config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json",
-    "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
-    "scheduler/scheduler_config.json",
+    folder + name
+    for folder in ("", "unet/", "scheduler/")
+    for name in ("config.json", "scheduler_config.json", WEIGHTS, HALF)
 ]
 
 
@@ -194,11 +192,7 @@ def _read_config(kind, folder, subfolder):
     """The config of a class of diffusers, and the folder it is in: the subfolder or `folder`."""
     inner = folder / subfolder
     place = inner if (inner / kind.config_name).exists() else folder
-    try:
-        return kind.load_config(str(place)), place
-    except OSError as error:
-        where = f"no readable {kind.config_name} here or in {subfolder}/"
-        raise UsageError(f"{where} ({error})") from None
+    return kind.load_config(str(place)), place
 
 
 def _read_scheduler(folder):
@@ -212,11 +206,8 @@ def _read_scheduler(folder):
         if config.get(name) not in known:
             found = f"{name} is {config.get(name)}"
             raise UsageError(f"its scheduler's {found}; known are {', '.join(known)}")
-    try:
-        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        sigmas = sigma_table(scheduler)
-    except Exception as error:  # whatever the config holds
-        raise UsageError(f"its scheduler's config makes no scheduler ({error})") from None
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    sigmas = sigma_table(scheduler)
     good = len(sigmas) > 1 and sigmas.isfinite().all() and sigmas[0] > 0
     if not (good and (sigmas.diff() > 0).all()):
         raise UsageError("its scheduler's noise levels are not finite, above 0 and increasing")
@@ -238,7 +229,6 @@ def _read_model(folder):
         (config.get("in_channels") == config.get("out_channels"), "also predicts its variance"),
         (config.get("time_embedding_type", "positional") == "positional", "embeds no timesteps"),
         (config.get("class_embed_type") is None, "has class_embed_type"),
-        (any(place.glob("*.safetensors")), "has no weights in safetensors, pickles are not read"),
     ):
         if not good:
             raise UsageError(f"the model {why}; a UNet2DModel by save_pretrained is needed")
@@ -250,8 +240,6 @@ def _read_model(folder):
             str(place), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True,
             variant=None if (place / WEIGHTS).exists() else "fp16", torch_dtype=torch.float32,
         )
-    except Exception as error:  # a damaged file, another shape
-        raise UsageError(f"its weights do not fit its config ({error})") from None
     finally:
         logging.set_verbosity(verbosity)
     keys = [*info["missing_keys"], *info["unexpected_keys"]]

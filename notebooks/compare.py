@@ -1,8 +1,8 @@
 """Six methods, one data set, one teacher: a picture, two plots and a table.
 
-    python -m common.compare                    # digits: half an hour on 2 CPU cores
-    python -m common.compare --quick            # short trainings
-    python -m common.compare --dataset mnist --methods ld3 dode
+    python notebooks/compare.py                    # digits: half an hour on 2 CPU cores
+    python notebooks/compare.py --quick            # short trainings
+    python notebooks/compare.py --dataset mnist --methods ld3 dode
 
 Runs the scripts one after the other, each into a folder of its own in --out; what is there
 already is only read, and what was stopped goes on. All images are of the noise seeds 0, 1, 2, ...
@@ -17,15 +17,18 @@ from pathlib import Path
 
 import numpy as np
 
-import common
-from common import UsageError
-from common.diffusion import GRIDS
-from common.machinery.files import atomic_write, save_json
-from common.machinery.options import DATASETS, MOST_SEED, cli, option, parse_config
-from common.machinery.plots import COLORS, save_comparison, save_curves
-from common.machinery.run import name_of_data
+SCRIPTS = Path(__file__).parent.parent
+sys.path.insert(0, str(SCRIPTS))
 
-SCRIPTS = Path(common.__file__).parent.parent  # of the repository, or site-packages
+from common import UsageError  # noqa: E402
+from common.diffusion import GRIDS  # noqa: E402
+from common.machinery.files import atomic_write, save_json  # noqa: E402
+from common.machinery.options import (  # noqa: E402
+    DATASETS, MOST_SEED, cli, option, parse_config,
+)
+from common.machinery.plots import COLORS, blank, picture, save_curves, show  # noqa: E402
+from common.machinery.run import name_of_data  # noqa: E402
+
 METHODS = ("ld3", "dode", "progressive", "cfd", "cud", "distributional")
 COUNTS = (1, 2, 4, 8)  # network evaluations
 QUICK = {
@@ -179,6 +182,23 @@ def training_cost(metrics, row, runs):
         cost += (2 if stage <= 2 else 1) * c["updates"] * c["batch_size"] * 5
         stage //= 2
     return cost
+
+
+@picture
+def save_comparison(figure, cells, columns, title):
+    """A table of images: {row label: {column: (8 images uint8 (n, C, H, W), caption)}}."""
+    figure.set_size_inches(1.5 + 1.75 * len(columns), 1.08 * len(cells) + 0.7)
+    axes = blank(figure, len(cells), len(columns))
+    for line, (label, row) in zip(axes, cells.items()):
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        for axis, column in zip(line, columns):
+            if column in row:
+                images, caption = row[column]
+                show(axis, images[:8], rows=2)
+                axis.set_xlabel(caption, fontsize=8)
+    for axis, column in zip(axes[0], columns):
+        axis.set_title(column, fontsize=10)
+    figure.suptitle(title, fontsize=10)
 
 
 def draw(out, dataset, space, rows):
