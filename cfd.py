@@ -22,17 +22,18 @@ Differences from the paper's code (github.com/zju-SWJ/RCFD, commit 14b9a3a):
  2. Entropy by log_softmax (theirs: p log p, NaN where a probability underflows).
  3. The teacher is any EDM denoiser, noise levels as in progressive.py, 80 to 0 (theirs
     predicts x0; a discrete cosine, 20,798 to 0.0063).
- 4. f: a small classifier of the data set, or one of ImageNet, images resized without
-    aligned corners (theirs: ResNet18, DenseNet201 trained on CIFAR-10, the epoch best on
-    test images; or ImageNet's, aligned corners). Their tau, 0.95 and 0.9, were tuned for
-    the two of CIFAR-10; for ImageNet's features none is published, 0.9 here is not tuned.
+ 4. f: a small classifier of the data set, or one of ImageNet that sees resized images
+    (theirs: ResNet18 or DenseNet201, trained on CIFAR-10 and chosen by test accuracy; or
+    ImageNet's, resized with aligned corners). Their tau, 0.95 and 0.9, were tuned for the
+    two of CIFAR-10; none is published for ImageNet's features, 0.9 here is not tuned.
  5. L_div is of the whole batch (theirs: of one GPU's part, 32 of 128 images).
  6. Only the finished image is clipped to [-1, 1] (theirs: every prediction in sampling).
  7. digits: 16 -> 8 by PD, 8 -> 1 by CFD, 300 updates, learning rate 5e-4, no flips
     (theirs, CIFAR-10: 1024 -> 8 -> 1, 10,000, 5e-5, flips). For ImageNet-64 they have an
     option but no settings: batch and learning rate are PD's.
-As theirs, the learning rate falls along a cosine, in the stages by PD too. progressive.py,
-from whose run --pd takes students and the rows "pd", has PD's own schedule, a line.
+As in theirs, the learning rate falls along a cosine, also in the stages by PD. With --pd
+the 8-step student and the rows "pd" come from a run of progressive.py, whose learning rate
+falls linearly, as in PD's code.
 Result on digits, FID [digits-classifier, n=1024] with 4, 2, 1 steps: 0.52, 0.64, 0.93;
 PD 0.52, 0.69, 1.18; the teacher by the best of our solvers and hand-made grids 0.32, 4.6,
 105. More: RESULTS.md
@@ -77,13 +78,13 @@ def cfd_loss(classifier, x0_hat, target, tau, beta, gamma):
     kl = F.kl_div(features.log_softmax(1), sharpened, log_target=True, reduction="batchmean")
     log_p = logits.log_softmax(1)  # (B, K)
     entropy = -(log_p.exp() * log_p).sum(1).mean()
-    log_p = gather_with_gradient(log_p)  # of the images of all GPUs
-    log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # (K,)
+    log_p = gather_with_gradient(log_p)  # (B of all GPUs, K)
+    log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # (K,), log of the mean of p
     diversity = (log_mean.exp() * log_mean).sum()
     return kl + beta * (gamma * entropy + (1 - gamma) * diversity)
 
 
-# --- the method: what progressive.py has too, pd_loss there with other weights
+# --- the method: what progressive.py has too (there pd_loss has a choice of weights)
 
 
 def two_step_target(teacher, x, sigma, sigma_mid, sigma_end):
@@ -219,7 +220,8 @@ def stages_of(config):
 def train(config, run=None, teacher=None, classifier=None):
     """Distil stage after stage: student-N.safetensors in --out. Returns the last student."""
     run = run or Run("cfd", config)
-    share = config.batch_size // run.world  # images of one GPU
+    # The diversity term is no mean over images: it needs a GPU's whole share in one pass.
+    share = config.batch_size // run.world
     message = f"must be at least {share}: with --beta the loss needs the whole batch at once"
     enough = not config.beta or (config.batch_per_gpu or share) >= share
     require(enough, "batch_per_gpu", config.batch_per_gpu, message)
@@ -234,8 +236,7 @@ def train(config, run=None, teacher=None, classifier=None):
     student = copy.deepcopy(stage_teacher).requires_grad_(True)  # eval mode: no dropout
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = Stream(data, config.batch_size, config.seed, config.flip)
-    steps = sum(updates for _, updates in stages_of(config))
-    run.prepare(student.net, stage_teacher.net, steps=steps)
+    run.prepare(student.net, stage_teacher.net)
 
     def loss_fn(n, x, sigma, sigma_mid, sigma_end, labels):
         with torch.no_grad():
@@ -279,7 +280,7 @@ def main():
     config = parse_config(Config, PRESETS, __doc__)
     run = Run("cfd", config)
     teacher = load_teacher(config.teacher, config.dataset, run.device, config.data_dir)
-    students = {}
+    students = {}  # {(row's name, steps): denoiser}, first those of progressive.py
     for n in config.nfe:
         if config.pd and n <= config.cfd_from:
             path = f"{config.pd}/student-{n}.safetensors"
@@ -289,11 +290,12 @@ def main():
     train(config, run, teacher, classifier)
     for n, _ in stages_of(config):
         if n in config.nfe:
-            name = "pd" if n >= config.cfd_from else "cfd"
+            name = "pd" if n >= config.cfd_from else "cfd"  # by the loss of its stage
             path = run.out / f"student-{n}.safetensors"
             students[name, n] = load_student(path, copy.deepcopy(teacher))
     samplers = stage_samplers(config, teacher, students, sample)
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")
+    # In the picture DDIM is shown on the students' own time grid alone.
     shown = [label for label in pictures if not label.startswith("ddim-edm")]
     save_rows(run.out / "samples.png", {label: pictures[label] for label in shown})
     title = f"{config.dataset}, from {config.from_steps} steps"

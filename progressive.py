@@ -179,7 +179,9 @@ SMOKE = dict(from_steps=4, updates=2, batch_size=4, eval_n=32, eval_batch=32)
 
 # --- training
 
-FIRST_STAGE = 4  # where the prediction changes: times the updates and the learning rate
+# With --prediction, the stage before the others has so many times the updates of a stage and
+# so many times its learning rate.
+FIRST_STAGE = 4
 
 
 def make_student(teacher, prediction="edm"):
@@ -192,8 +194,8 @@ def make_student(teacher, prediction="edm"):
         device = next(student.parameters()).device
         student = VPDenoiser(student.net, student.sigma_data, prediction).to(device)
     if type(student) is VPDenoiser and prediction != "x":
-        # EDM's network is added to x with a positive factor, v and eps with a negative one:
-        # with its last layer negated it starts near the teacher where noise is low.
+        # The network's factor in D, c_out, is positive in EDM's form, but negative for v and
+        # eps. With its last layer negated, the student starts near the teacher at low noise.
         net = student.net
         last = net.out_conv if net.family.out_head else list(net.dec.values())[-1]
         for parameter in last.parameters():
@@ -219,9 +221,9 @@ def read_student(path, teacher, prediction="edm"):
 def stages_of(config):
     """The stages of a run, [(steps of the student, updates)].
 
-    A student whose network predicts x, v or eps is not a copy of its teacher. So a first stage
-    with all --from-steps steps regresses it onto the teacher's D at the same noise levels, in
-    FIRST_STAGE times the updates and with as many times the learning rate: chosen here.
+    The first student has half of the teacher's --from-steps steps. A student whose network
+    predicts x, v or eps is no copy of its teacher: a stage before the others regresses its D
+    onto the teacher's at the noise levels of --from-steps steps (not in the paper).
     """
     stages = halving_stages(config.from_steps // 2, config.to_steps, config.updates)
     if config.prediction != "edm":
@@ -239,12 +241,11 @@ def train(config, run=None, teacher=None, stream=None):
     stage_teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.Adam(student.parameters(), lr=config.lr, fused=True)
     stream = stream or Stream(data, config.batch_size, config.seed, config.flip)
-    steps = sum(updates for _, updates in stages_of(config))
-    run.prepare(student.net, stage_teacher.net, teacher.net, steps=steps)
+    run.prepare(student.net, stage_teacher.net, teacher.net)
 
     def loss_fn(n, x, sigma, sigma_mid, sigma_end, labels):
         with torch.no_grad():
-            if n == config.from_steps:  # the first stage of another prediction, see stages_of
+            if n == config.from_steps:  # the stage before the others, see stages_of
                 target = teacher(x, sigma, labels)
             else:
                 denoiser = with_labels(stage_teacher, labels)
@@ -294,6 +295,7 @@ def main():
             students["pd", n] = read_student(path, teacher, config.prediction)
     samplers = stage_samplers(config, teacher, students, sample)
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")
+    # In the picture DDIM is shown on the students' own time grid alone.
     shown = [label for label in pictures if not label.startswith("ddim-edm")]
     save_rows(run.out / "samples.png", {label: pictures[label] for label in shown})
     title = f"{config.dataset}, from {config.from_steps} steps"

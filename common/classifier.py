@@ -5,8 +5,6 @@
 Those of `digits` and `mnist` with seed 0 are in the repository.
 """
 import importlib
-import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +19,7 @@ from common.machinery.files import (
     BAR, cache_dir, load_weights, locked, pretrained, save_weights,
 )
 from common.machinery.options import DATASETS, MOST_SEED, cli, option, parse_config
-from common.machinery.run import pick_device, words_for
+from common.machinery.run import pick_device
 
 # Chosen here. 4 * width features: 1,000 images give a covariance of full rank.
 RECIPES = {
@@ -237,7 +235,9 @@ def train_classifier(dataset_name, seed=0, device="cpu", data_dir=None, steps=No
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps)
-    for i in tqdm(range(steps), f"training the {dataset_name} classifier", **BAR):
+    what = f"a classifier of {dataset_name} (seed {seed}) {PURPOSE.get(seed, '')}".rstrip()
+    print(f"training {what}: {steps} steps")
+    for _ in tqdm(range(steps), f"training the {dataset_name} classifier", **BAR):
         x0, labels = stream.next()
         logits = net(random_shift(x0, data.resolution // 8, generator))[1]
         loss = F.cross_entropy(logits, labels)
@@ -245,13 +245,6 @@ def train_classifier(dataset_name, seed=0, device="cpu", data_dir=None, steps=No
         loss.backward()
         optimizer.step()
         schedule.step()
-        if i == 0:  # the first step takes longer
-            start = time.perf_counter()
-        elif i == 5:
-            duration = words_for((time.perf_counter() - start) / 5 * steps)
-            why = PURPOSE.get(seed, "")
-            what = f"a classifier of {dataset_name} (seed {seed}) {why}".rstrip()
-            tqdm.write(f"training {what}: {steps} steps, about {duration}", file=sys.stdout)
     net = net.half().float().eval().requires_grad_(False)
     same_classes = test.split != "all" and test.num_classes == data.num_classes
     share = accuracy(net, test) if same_classes else None

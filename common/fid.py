@@ -393,9 +393,9 @@ def make_evaluator(config, device, unseen=False):
         evaluator.unseen = Evaluator(other, reference_moments(name, other, data_dir))
     if config.fd:
         for option_name, value in vars(config).items():
-            right = f"the loss sees these features by --{option_name.replace('_', '-')} {value}"
+            message = f"the loss sees these features by --{option_name.replace('_', '-')} {value}"
             sees = value in ("lite0", "imagenet", "imagenet-lite0")  # of GDD and of CFD
-            require(not sees, "fd", "", right)
+            require(not sees, "fd", "", message)
         other = imagenet_features(device)
         evaluator.imagenet = Evaluator(other, reference_moments(name, other, data_dir))
     if config.recall:

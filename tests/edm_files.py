@@ -36,13 +36,8 @@ class Persistent(nn.Module):
 
     def __reduce__(self):
         state = {k: v for k, v in self.__dict__.items() if k != "_class_name"}
-        meta = {
-            "type": "class",
-            "version": 6,
-            "module_src": SOURCE,
-            "class_name": self._class_name,
-            "state": state,
-        }
+        meta = {"type": "class", "version": 6, "module_src": SOURCE}
+        meta |= {"class_name": self._class_name, "state": state}
         return persistence._reconstruct_persistent_obj, (meta,)
 
 
@@ -58,28 +53,14 @@ def persistent(module):
 
 
 NETS = {
-    "ddpmpp": (
-        unet.ddpmpp,
-        "SongUNet",
-        {
-            "embedding_type": "positional",
-            "encoder_type": "standard",
-            "decoder_type": "standard",
-            "channel_mult_noise": 1,
-            "resample_filter": [1, 1],
-        },
-    ),
-    "ncsnpp": (
-        unet.ncsnpp,
-        "SongUNet",
-        {
-            "embedding_type": "fourier",
-            "encoder_type": "residual",
-            "decoder_type": "standard",
-            "channel_mult_noise": 2,
-            "resample_filter": [1, 3, 3, 1],
-        },
-    ),
+    "ddpmpp": (unet.ddpmpp, "SongUNet", dict(
+        embedding_type="positional", encoder_type="standard", decoder_type="standard",
+        channel_mult_noise=1, resample_filter=[1, 1],
+    )),
+    "ncsnpp": (unet.ncsnpp, "SongUNet", dict(
+        embedding_type="fourier", encoder_type="residual", decoder_type="standard",
+        channel_mult_noise=2, resample_filter=[1, 3, 3, 1],
+    )),
     "adm": (unet.adm, "DhariwalUNet", {}),
 }
 
@@ -87,55 +68,29 @@ NETS = {
 def edm_object(arch="ddpmpp", label_dim=0, augment_dim=9, resolution=16, **more):
     """{"ema", "loss_fn", ...} as EDM's training loop saves it, and the Denoiser that it holds."""
     factory, class_name, more_arguments = NETS[arch]
-    sizes = {
-        "model_channels": 8,
-        "channel_mult": [1, 2],
-        "num_blocks": 1,
-        "attn_resolutions": [8],
-        "dropout": 0.13,
-        **more,
-    }
+    sizes = dict(model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])
+    sizes |= {"dropout": 0.13, **more}
     denoiser = Denoiser(factory(resolution, 3, label_dim, augment_dim, **sizes)).eval()
     with torch.no_grad():
         for p in denoiser.parameters():
             p.add_(0.1 * torch.randn_like(p))
     net = persistent(denoiser.net)
+    arguments = dict(img_resolution=resolution, label_dim=label_dim)
+    own = dict(in_channels=3, out_channels=3, augment_dim=augment_dim, **sizes, **more_arguments)
     net.__dict__.update(
-        _class_name=class_name,
-        _init_args=(),
-        _init_kwargs={
-            "img_resolution": resolution,
-            "in_channels": 3,
-            "out_channels": 3,
-            "label_dim": label_dim,
-            "augment_dim": augment_dim,
-            **sizes,
-            **more_arguments,
-        },
+        _class_name=class_name, _init_args=(), _init_kwargs=arguments | own,
+        skip_scale=np.sqrt(0.5),  # numpy's scalars are in parts that are not read
     )
     ema = Persistent(
-        "EDMPrecond",
-        sigma_data=np.float64(0.5),
-        sigma_min=0,
-        sigma_max=float("inf"),
-        use_fp16=False,
-        _init_args=(),
-        _init_kwargs={
-            "img_resolution": resolution,
-            "img_channels": 3,
-            "label_dim": label_dim,
-            "model_type": class_name,
-        },
+        "EDMPrecond", sigma_data=0.5, sigma_min=0, sigma_max=float("inf"), use_fp16=False,
+        _init_args=(), _init_kwargs=dict(arguments, img_channels=3, model_type=class_name),
     )
     ema._modules["model"] = net
     loss = Persistent("EDMLoss", P_mean=-1.2, P_std=1.2, sigma_data=0.5)
     pipe = Persistent("AugmentPipe", p=0.12)
-    return {
-        "ema": ema,
-        "loss_fn": loss,
-        "augment_pipe": pipe,
-        "dataset_kwargs": {"path": "cifar10.zip"},
-    }, denoiser
+    data = {"path": "cifar10.zip"}
+    value = {"ema": ema, "loss_fn": loss, "augment_pipe": pipe, "dataset_kwargs": data}
+    return value, denoiser
 
 
 def dump(value, protocol=4):

@@ -1,6 +1,5 @@
 """common/classifier.py: accuracy, gradients, random numbers, and what is cached."""
 
-import re
 import sys
 
 import numpy as np
@@ -284,11 +283,11 @@ def test_training_reduces_the_error(capsys):
     assert f"{100 * share:.2f} % of 297 held-out images" in capsys.readouterr().out
 
 
-def test_a_training_is_announced_with_its_purpose_and_its_time(capsys):
+def test_a_training_is_announced_with_its_purpose(capsys):
     train_classifier("digits", seed=1, steps=8)
     line = capsys.readouterr().out.splitlines()[0]
     assert line.startswith("training a classifier of digits (seed 1) for the features of fid_un")
-    assert re.search(r": 8 steps, about \d+ s$", line)
+    assert line.endswith(": 8 steps")
 
 
 def test_a_small_folder_takes_fewer_steps():

@@ -222,31 +222,14 @@ def tiny(tmp_path_factory):
 OPTIONS = {
     "progressive": dict(from_steps=4, updates=8, batch_size=8, flip=True),
     "ld3": dict(
-        nfe=3,
-        steps=36,
-        theta1_steps=6,
-        train_n=6,
-        valid_n=2,
-        batch_size=2,
-        teacher_nfe=6,
-        lr_latent=1e4,
-        lr1=0.03,
+        nfe=3, steps=36, theta1_steps=6, train_n=6, valid_n=2, batch_size=2, teacher_nfe=6,
+        lr_latent=1e4, lr1=0.03,
     ),
     "dode": dict(nfe=[3, 4, 5], solver=["ddim", "heun", "deis2"], scale=4, fit_n=12, fit_batch=4),
     "cfd": dict(from_steps=4, cfd_from=2, updates=8, batch_size=8),
     "cud": dict(
-        **NET,
-        rk="23",
-        independent=False,
-        shakedrop=True,
-        dropout=0.1,
-        steps=6,
-        batch_size=8,
-        warmup=2,
-        baseline=True,
-        distill_steps=2,
-        distill_n=8,
-        encoder_channels=8,
+        **NET, rk="23", independent=False, shakedrop=True, dropout=0.1, steps=6, batch_size=8,
+        warmup=2, baseline=True, distill_steps=2, distill_n=8, encoder_channels=8,
     ),
     "distributional": dict(smoke=True, images=192, batch_size=8, r1_every=4),
     "common.teacher": dict(**NET, steps=24, batch_size=8, warmup=4),
@@ -399,17 +382,6 @@ def test_killed_while_a_checkpoint_is_written(method, places, forks, tiny, unint
 
 def config_of(out, **more):
     return progressive.Config(out=str(out), device="cpu", **more)
-
-
-def test_a_run_sweeps_its_folder(tmp_path):
-    """Half-written files of killed runs go; a checkpoint, other files and other folders stay."""
-    left = ("checkpoint.pt.123.part", "student-2.safetensors.7.part")
-    for name in (*left, "checkpoint.pt", "my.parts", "below/student.1.part"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("half")
-    Run("progressive", config_of(tmp_path))
-    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-    assert found == {"checkpoint.pt", "my.parts", "below", "below/student.1.part", "log.jsonl"}
 
 
 @pytest.mark.slow

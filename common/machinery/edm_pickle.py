@@ -25,19 +25,14 @@ SELECTS = {  # class, embedding_type, encoder_type -> factory of common.unet
     ("DhariwalUNet",): "adm",
 }
 TAKEN = (  # constructor arguments that UNet takes as they are
-    "model_channels", "channel_mult", "channel_mult_emb", "num_blocks", "attn_resolutions",
-    "dropout", "label_dropout", "channel_mult_noise", "resample_filter",
+    "label_dim", "augment_dim", "model_channels", "channel_mult", "channel_mult_emb", "num_blocks",
+    "attn_resolutions", "dropout", "label_dropout", "channel_mult_noise", "resample_filter",
 )
 READER = 3  # raise it when the reader changes: conversions in the cache are made again
 MOST_BYTES = 2**31  # of a file; ImageNet-64's has 1.2 GB
 MOST_WEIGHTS = 5_000
 
-STORAGES = {  # numpy has no bfloat16: two bytes of anything
-    "torch.DoubleStorage": "f8", "torch.FloatStorage": "f4", "torch.HalfStorage": "f2",
-    "torch.BFloat16Storage": "V2", "torch.LongStorage": "i8", "torch.IntStorage": "i4",
-    "torch.ShortStorage": "i2", "torch.CharStorage": "i1", "torch.ByteStorage": "u1",
-    "torch.BoolStorage": "?",
-}
+STORAGES = {"torch.DoubleStorage": "f8", "torch.FloatStorage": "f4", "torch.HalfStorage": "f2"}
 TENSOR = "torch._utils._rebuild_tensor_v2"
 PERSISTENT_OBJECT = "torch_utils.persistence._reconstruct_persistent_obj"
 PARAMETER = "torch._utils._rebuild_parameter"
@@ -85,59 +80,37 @@ def _storage(record):
         raise Refused("a compressed tensor")
     machine = Machine(data, {*STORAGES, PERSISTENT}, "storage", most=100)  # of 51
     magic, version, system = (machine.load() for _ in range(3))
-    known = (type(magic), type(version), type(system)) == (int, int, dict)
-    known = known and (magic, version) == (0x1950A86A20F9469CFC6C, 1001)
+    known = (magic, version) == (0x1950A86A20F9469CFC6C, 1001) and type(system) is dict
     if not known or system.get("little_endian") is not True:
         raise Refused("a storage that is not in torch's old format")
     (pid,) = call_of(machine.load(), PERSISTENT)
-    if type(pid) is not tuple or len(pid) < 5 or type(pid[1]) is not Name:
-        raise Refused("a storage that is none")
-    code, count = STORAGES.get(pid[1].text), pid[4]
-    if code is None or type(count) is not int or count < 0:
-        raise Refused("a storage that is none")
+    _, kind, _, _, count, *_ = typed(pid, tuple, "a storage")
+    code = STORAGES[typed(kind, Name, "its type").text]
     machine.load()
     end = machine.file.tell() + 8
     told, values = int.from_bytes(data[end - 8 : end], "little"), memoryview(data)[end:]
-    if told != count or len(values) != count * np.dtype(code).itemsize:
-        raise Refused(f"a storage of {count} values has {len(values)} bytes")
+    if told != count or len(values) != told * np.dtype(code).itemsize:
+        raise Refused(f"a storage of {told} values has {len(values)} bytes")
     return code, values
 
 
-def _check_view(offset, size, stride, count):
-    """Refused unless a tensor lies in its storage of `count` values, dense, no value twice.
-
-    Contiguous up to the order of its axes: transposed, channels_last.
-    """
-    if type(offset) is not int or not type(size) is type(stride) is tuple:
-        raise Refused("a tensor that is none")
-    if len(size) != len(stride) or len(size) > 8:
-        raise Refused("a tensor that is none")
-    if not all(type(n) is int and 0 <= n < 2**40 for n in (*size, *stride)):
-        raise Refused("a tensor of impossible shape or stride")
-    total, dense = 1, True
-    for s, n in sorted((s, n) for s, n in zip(stride, size) if n > 1):
-        dense &= s == total
-        total *= n
-    if offset < 0 or 0 not in size and (not dense or offset + total > count):
-        raise Refused(f"a tensor of shape {size} and stride {stride} on {count} values")
-
-
 def _array(value, what):
-    """A weight as a numpy array of any dense strides."""
+    """A weight as a numpy array, a view of its storage: numpy checks that it lies within."""
     if type(value) is Record and value.name == PARAMETER:
         value = call_of(value, PARAMETER, 1)[0]
     if type(value) is not Record or value.name != TENSOR:
         raise Refused(f"{what} is not a tensor")
     storage, offset, size, stride = call_of(value, TENSOR, 4)[:4]
     code, values = _storage(storage)
-    if code == "V2":
-        raise Refused(f"{what} is in bfloat16")
+    numbers = (offset, *typed(size, tuple, "a shape"), *typed(stride, tuple, "a stride"))
+    if len(numbers) > 20 or not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
+        raise Refused(f"{what} has an impossible shape or stride")
     width = np.dtype(code).itemsize
-    _check_view(offset, size, stride, len(values) // width)
-    if 0 in size:
-        return np.empty(size, code)
-    strides = [width * s if n > 1 else width for s, n in zip(stride, size)]
-    return np.ndarray(size, code, values, width * offset, strides)
+    try:
+        return np.ndarray(size, code, values, width * offset, [width * s for s in stride])
+    except ValueError:
+        count = len(values) // width
+        raise Refused(f"a tensor of shape {size} and stride {stride} on {count} values") from None
 
 
 def _arrays(module, prefix="", found=None, seen=None):
@@ -180,31 +153,17 @@ def _weights(ema, most):
 # -------------------------------------------------------------------------------- arguments
 
 
-def _float(value, what):
-    """A number, or numpy's of 8 or 4 bytes: scalar(dtype("f8"), bytes)."""
-    if type(value) is Record and value.name in SCALARS:
-        kind, data = call_of(value, value.name, 2)[:2]
-        code = call_of(kind, "numpy.dtype", 1)[0]
-        if code not in ("f8", "f4", "i8", "i4") or typed(kind.state, tuple, what)[1] != "<":
-            raise Refused(f"{what} is a numpy scalar of an unknown type")
-        value = np.frombuffer(data, code, count=1)[0].item()
-    if type(value) not in (int, float):
-        raise Refused(f"{what} is not a number")
-    return float(value)
-
-
 def _arch_and_kwargs(record):
     """A network's record -> name of our factory, its arguments. Their values are not checked."""
     class_name, state = _object(record, "ema.model")
     given = typed(state.get("_init_kwargs"), dict, "_init_kwargs")
 
-    def option(name):
-        return typed(given.get(name, "standard"), str, name)[:100]
+    def option(name, default="standard"):
+        return typed(given.get(name, default), str, name)[:100]
 
     selects = (class_name,)
     if class_name != "DhariwalUNet":
-        embedding = typed(given.get("embedding_type", "positional"), str, "embedding_type")
-        selects += (embedding[:100], option("encoder_type"))
+        selects += (option("embedding_type", "positional"), option("encoder_type"))
     if selects not in SELECTS or option("decoder_type") != "standard":
         kind = ", ".join(selects)
         raise Refused(f"a network of the kind {kind} is not among ours")
@@ -212,12 +171,7 @@ def _arch_and_kwargs(record):
     resolution, channels, out = (typed(given.get(name), int, name) for name in sizes)
     if channels != out:
         raise Refused("its network has other output than input channels")
-    kwargs = {
-        "img_resolution": resolution,
-        "img_channels": channels,
-        "label_dim": given.get("label_dim", 0),
-        "augment_dim": given.get("augment_dim", 0),
-    }
+    kwargs = {"img_resolution": resolution, "img_channels": channels}
     for name in TAKEN:
         if name in given:
             value = given[name]
@@ -228,8 +182,8 @@ def _arch_and_kwargs(record):
 def read_edm_pickle(data, path):
     """An EDM checkpoint's bytes -> {"arch", "kwargs", "sigma_data", "weights"}, as for our files.
 
-    Whether the weights fit the arguments is not checked here. Raises UsageError, in one line, if
-    the file `path` is damaged, of another kind, or wants anything to be executed.
+    Neither sigma_data is checked here nor whether the weights fit the arguments. Raises UsageError,
+    in one line, if the file `path` is damaged, of another kind, or wants anything to be executed.
     """
     try:
         root = typed(Machine(data, ALLOWED, "EDM checkpoint").load(), dict, "it")
@@ -242,11 +196,11 @@ def read_edm_pickle(data, path):
             raise Refused(f"its network is {kind}; those with EDMPrecond are read")
         model = typed(state.get("_modules"), dict, "ema._modules").get("model")
         arch, kwargs = _arch_and_kwargs(model)
-        sigma_data = _float(state.get("sigma_data", 0.5), "sigma_data")
         weights = _weights(root["ema"], len(data))
     except Exception as error:  # a foreign or damaged pickle raises anything
         raise UsageError(
             f"--teacher {path}: not a readable EDM checkpoint ({one_line(error)}); "
             "nothing in it was run"
         ) from None
+    sigma_data = state.get("sigma_data", 0.5)
     return {"arch": arch, "kwargs": kwargs, "sigma_data": sigma_data, "weights": weights}

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UsageError
+from common.machinery.claims import check_weights
 from common.machinery.files import cache_dir, download, locked
 from common.machinery.foreign import Refused, one_line, read_file
 
@@ -93,18 +94,17 @@ def load_inception(path, fetch):
         except UsageError as error:
             print(f"{error}. Until then FID uses the data set's own classifier.")
             return None
-    path, reason = path or cached, "not readable"
+    path = path or cached
     try:
-        data = read_file(path, 2**27)  # 96 MB are right
+        data = read_file(path, 2**27)  # the true file has 96 MB
         weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        reason = "not the weights of FID's Inception"
         net = Inception(weights)
+        check_weights(net.state_dict())
+        return net
     except Exception as error:  # torch.load raises anything, a foreign file may hold anything
         name = one_line(error) if isinstance(error, Refused) else type(error).__name__
-        raise UsageError(f"--inception {path}: {reason} ({name}); right is {URL}") from None
-    if not all(w.isfinite().all() for w in net.state_dict().values()):
-        raise UsageError(f"--inception {path}: weights that are not finite; right is {URL}")
-    return net
+        message = f"not the weights of FID's Inception ({name}); take those of {URL}"
+        raise UsageError(f"--inception {path}: {message}") from None
 
 
 def edm_reference(dataset_name):

@@ -7,20 +7,17 @@ import sys
 
 import numpy as np
 
-try:  # the import fails where the MPLBACKEND of a notebook is not installed
-    BACKEND = "matplotlib" not in sys.modules and os.environ.pop("MPLBACKEND", None)
-    import matplotlib
-finally:
-    if BACKEND:
-        os.environ["MPLBACKEND"] = BACKEND
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+# A notebook's MPLBACKEND may not be installed here; only pyplot needs it, which is not used.
+BACKEND = "matplotlib" not in sys.modules and os.environ.pop("MPLBACKEND", None)
+import matplotlib  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
-from common.machinery.files import atomic_write
-from common.machinery.foreign import one_line
-from common.machinery.ranks import rank_and_world
+from common.machinery.files import atomic_write  # noqa: E402
+from common.machinery.foreign import one_line  # noqa: E402
+from common.machinery.ranks import rank_and_world  # noqa: E402
 
 if BACKEND:
+    os.environ["MPLBACKEND"] = BACKEND
     with contextlib.suppress(ValueError):
         matplotlib.rcParams["backend"] = BACKEND
 
@@ -32,13 +29,18 @@ COLORS = {
 
 
 def picture(draw):
-    """In matplotlib's own style, whatever the user's is; a failure costs the picture alone."""
+    """draw(figure, *arguments) -> a function of (path, *arguments) that writes the figure.
+
+    In matplotlib's own style, whatever the user's is; a failure costs the picture alone.
+    """
     @functools.wraps(draw)
     def drawn(path, *arguments, **options):
         try:
             with matplotlib.rc_context():
                 matplotlib.rcdefaults()
-                draw(path, *arguments, **options)
+                figure = Figure(dpi=120, layout="constrained")
+                draw(figure, *arguments, **options)
+                _write(figure, path)
         except Exception as error:  # of fonts, of a full disk: the numbers are still to be written
             print(f"{path} could not be drawn ({one_line(error)})")
 
@@ -51,66 +53,46 @@ def _write(figure, path):
         atomic_write(path, lambda file: figure.savefig(file, **how))
 
 
-@picture
+def show(axis, images, rows=1):
+    """uint8 images (n, C, H, W), framed in gray, as `rows` rows of equally many."""
+    framed = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=128)
+    n, c, h, w = framed.shape
+    tiles = framed.reshape(rows, n // rows, c, h, w).transpose(0, 3, 1, 4, 2)
+    pixels = tiles.reshape(rows * h, n // rows * w, c)
+    axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+
+
+def blank(figure, rows, columns):
+    """Axes (rows, columns) without ticks and frames."""
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    return axes
+
+
 def save_rows(path, rows, columns=16):
     """One labelled row of images for each of {label: uint8 (n, C, H, W)}: the first `columns`.
 
     All of them lie beside the picture as an .npz, under their labels.
     """
+    rows = {label: np.asarray(images) for label, images in rows.items()}
     if rank_and_world()[0] == 0:
-        arrays = {label: np.asarray(images) for label, images in rows.items()}
-        atomic_write(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **arrays))
-    size = (1.9 + 0.62 * columns, 0.68 * len(rows) + 0.1)
-    figure = Figure(figsize=size, dpi=120)
-    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    for axis, (label, images) in zip(axes, rows.items()):
-        images = np.asarray(images[:columns])
-        frame = ((0, 0), (0, 0), (1, 1), (1, 1))
-        framed = np.pad(images, frame, constant_values=128)  # (n, C, H+2, W+2)
-        strip = np.concatenate(list(framed.transpose(0, 2, 3, 1)), axis=1)  # (H+2, n (W+2), C)
-        strip = strip.squeeze(-1) if strip.shape[-1] == 1 else strip
-        axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-    figure.subplots_adjust(left=0.1, right=1, bottom=0, top=1, hspace=0.1)
-    _write(figure, path)
+        atomic_write(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **rows))
+    _save_rows(path, rows, columns)
 
 
 @picture
-def save_comparison(path, cells, columns, title):
-    """A table of images: {row label: {column: (8 images uint8 (n, C, H, W), caption)}}."""
-    figure = Figure(figsize=(1.5 + 1.75 * len(columns), 1.08 * len(cells) + 0.7), dpi=120)
-    axes = figure.subplots(len(cells), len(columns), squeeze=False)
-    for line, (label, row) in zip(axes, cells.items()):
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
-        for axis, column in zip(line, columns):
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-            if column not in row:
-                continue
-            images, caption = row[column]
-            framed = np.pad(images[:8], ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=128)
-            _, c, h, w = framed.shape
-            mosaic = framed.reshape(2, 4, c, h, w).transpose(0, 3, 1, 4, 2)  # 2 rows of 4
-            mosaic = mosaic.reshape(2 * h, 4 * w, c).squeeze()
-            axis.imshow(mosaic, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_xlabel(caption, fontsize=8, labelpad=2)
-    for axis, column in zip(axes[0], columns):
-        axis.set_title(column, fontsize=10)
-    figure.suptitle(title, fontsize=10, y=1 - 0.02 / len(cells))
-    height = figure.get_figheight()
-    figure.subplots_adjust(
-        left=0.16, right=1, bottom=0.2 / height, top=1 - 0.55 / height, wspace=0.06, hspace=0.3
-    )
-    _write(figure, path)
+def _save_rows(figure, rows, columns):
+    figure.set_size_inches(1.9 + 0.62 * columns, 0.68 * len(rows) + 0.1)
+    for axis, (label, images) in zip(blank(figure, len(rows), 1).flat, rows.items()):
+        show(axis, images[:columns])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
 
 
 @picture
 def save_curves(
-    path, curves, xlabel, ylabel, title="", log="", references=None, colors=None, baselines=(),
+    figure, curves, xlabel, ylabel, title="", log="", references=None, colors=None, baselines=(),
     notes=None,
 ):
     """Lines {label: (xs, ys)} in one plot; `log`, "", "x", "y" or "xy": the logarithmic axes.
@@ -119,7 +101,7 @@ def save_curves(
     lines across the plot. colors {label: color}; the lines of `baselines` are dashed. notes
     {label: a word at each point}.
     """
-    figure = Figure(figsize=(6.4, 4), dpi=120)
+    figure.set_size_inches(8, 4)
     axis = figure.subplots()
     for label, (xs, ys) in curves.items():
         marker = "D" if len(xs) == 1 else "." if len(xs) < 40 else None
@@ -135,8 +117,6 @@ def save_curves(
     else:
         axis.set_xscale("log" if "x" in log else "linear")
         axis.set_yscale("log" if "y" in log else "linear")
-        if "y" in log:  # within a decade: 2, 3, 4 as well
-            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     points = sorted({x for xs, _ in curves.values() for x in xs})
     if len(points) < 13 and all(isinstance(x, int) for x in points):
         axis.set_xticks(points, map(str, points))  # counts: 1, 2, 4 instead of 10^0, ...
@@ -144,8 +124,7 @@ def save_curves(
     if log:
         axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _write(figure, path)
+    figure.legend(fontsize=8, loc="outside center right")
 
 
 def save_fid_curves(path, rows, title=""):
@@ -172,9 +151,9 @@ def save_fid_curves(path, rows, title=""):
 
 
 @picture
-def save_sigma_grids(path, grids, title="", floor=1e-3):
+def save_sigma_grids(figure, grids, title="", floor=1e-3):
     """Time grids {label: (sigmas, sigmas_net or None)} on a log axis; sigmas_net are crosses."""
-    figure = Figure(figsize=(8, 0.5 * len(grids) + 1.3), dpi=120)
+    figure.set_size_inches(8, 0.5 * len(grids) + 1.3)
     axis = figure.subplots()
     for y, (sigmas, sigmas_net) in enumerate(grids.values()):
         xs = np.maximum(np.asarray(sigmas, dtype=float), floor)
@@ -188,7 +167,5 @@ def save_sigma_grids(path, grids, title="", floor=1e-3):
     axis.set_title(title, loc="left")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_yticks(range(len(grids)), list(grids))
-    axis.set_ylim(-0.6, len(grids) - 0.2)
     axis.invert_xaxis()
     axis.grid(alpha=0.3, axis="x")
-    _write(figure, path)

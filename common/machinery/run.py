@@ -27,7 +27,6 @@ import types
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
@@ -45,8 +44,21 @@ from common.machinery.ranks import (
     sum_over_ranks,
 )
 
-LOCKS = {}  # of the folders in which runs of this process are at work
 METRICS = ("fid", "kid", "fid_unseen", "fd", "inception_score", "precision", "recall")
+SHARED = {  # metrics whose feature space is kept under another's name
+    "kid": "fid", "precision": "precision_recall", "recall": "precision_recall",
+}
+EXPLAINED = {  # how names in a table begin that a paper does not explain
+    "ddim-edm": "DDIM on EDM's time grid; ddim: on the students' own",
+    "d-": "d-X is the solver X with the learned lambdas",
+    "ab2": "Adams-Bashforth of order 2 on the same grid, which is iPNDM of order 2",
+    "dpmpp2m": "DPM-Solver++(2M) on the same grid",
+    "rectified-flow": "the same network without the catch-up loss, as many iterations",
+    "rectified-flow-equal-compute": "the same, trained until it has cost as much as cud",
+    "cud-1step": "cud, distilled into one step",
+    "fid_unseen": "FID in the features of a second classifier, which no loss has seen",
+    "teacher": "sampled by UniPC of order 3 in ld3.py, by Heun's method elsewhere",
+}
 
 
 def pick_device(name="auto"):
@@ -67,9 +79,8 @@ def pick_device(name="auto"):
             torch.cuda.set_device(device)
         torch.empty(1, device=device, dtype=torch.float64)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
         raise UsageError(
-            f"--device {name}: not available here ({reason}); try --device cpu"
+            f"--device {name}: not available here ({one_line(error)}); try --device cpu"
         ) from None
     if device.type != "cuda":
         return device, f"device {device} ({why}{torch.get_num_threads()} threads)"
@@ -101,15 +112,12 @@ def tf32():
     images move by an RMSE of .0002 on digits and .0003 on MNIST; 19 evaluations instead of 20
     move them by .010 and .005.
     """
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
+    convolution, product = torch.backends.cudnn, torch.backends.cuda.matmul
+    convolution.allow_tf32 = product.allow_tf32 = True
     try:
-        for backend in backends:
-            backend.allow_tf32 = True
         yield
     finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+        convolution.allow_tf32 = product.allow_tf32 = False
 
 
 class Run:
@@ -122,7 +130,7 @@ class Run:
 
     # Options that a continued run may change: where it is, its memory, how results are measured.
     MAY_CHANGE = (
-        "out", "export", "resume", "device", "data_dir", "batch_per_gpu", "checkpoint", "compile",
+        "out", "resume", "device", "data_dir", "batch_per_gpu", "checkpoint", "compile",
         "eval_n", "eval_batch", "inception", "reference", "recall", "sampler", "fd", "save_images",
     )
 
@@ -135,7 +143,6 @@ class Run:
         self.loss = None  # set in the training loop: a tensor, or {name: tensor}
         self.parts, self.done, self.planned = {}, 0, 0  # steps done, and planned by `steps` so far
         self.calls = 0  # of `backward` in this step
-        self.networks, self.all_steps = (), None  # see `prepare`
         self.references = {}  # see `common.fid.measure`
         self._enter()
         self.restored = self._checkpoint() if config.resume else self._nothing_is_lost()
@@ -149,13 +156,13 @@ class Run:
 
     def _default_folder(self):
         """runs/METHOD-DATASET; with -2, -3, ... where a run with other options lies there."""
-        base = Path(f"runs/{self.method}-{name_of_data(self.config)}")
-        for number in count(2):
-            out = base if number == 2 else Path(f"{base}-{number - 1}")
+        base = f"runs/{self.method}-{name_of_data(self.config)}"
+        for number in count(1):
+            out = Path(base if number == 1 else f"{base}-{number}")
             try:
                 saved = load_checkpoint(out / "checkpoint.pt")["config"]
             except (UsageError, KeyError):
-                return base if self.config.resume else out
+                return Path(base) if self.config.resume else out
             if saved == self._options() or saved.get("smoke"):
                 return out
 
@@ -172,7 +179,7 @@ class Run:
             ) from None
         name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"fewstep-{name}.lock"
-        self.lock = LOCKS.setdefault(name, FileLock(path, thread_local=False))
+        self.lock = FileLock(path, thread_local=False, is_singleton=True)  # held while this lives
         if self.rank == 0:
             with contextlib.suppress(OSError):  # the lock may be of another user
                 try:
@@ -217,27 +224,14 @@ class Run:
 
     # ------------------------------------------------------------------------------- training
 
-    def prepare(self, *networks, steps=None):
-        """--checkpoint and --compile for U-Nets, or for modules that hold one as `net`.
-
-        steps: in all phases, of which the first ones show how long all will take.
-        """
-        self.networks, self.all_steps = [getattr(m, "net", m) for m in networks], steps
+    def prepare(self, *networks):
+        """--checkpoint and --compile for U-Nets, or for modules that hold one as `net`."""
         if self.config.compile:
-            check_compiler(next(self.networks[0].parameters()).device)
-        for module, network in zip(networks, self.networks):
-            network.checkpoint = self.config.checkpoint
+            check_compiler(self.device)
+        for module in networks:
+            getattr(module, "net", module).checkpoint = self.config.checkpoint
             if self.config.compile:
                 module.compile()
-
-    def _say_time(self, seconds, steps):
-        """What `steps` more will take, after the first ones; nothing where it is short."""
-        if seconds * steps > 30:
-            used = (peak_memory_mb(self.device) or 0) / 1024
-            self.say(
-                f"{seconds:.2g} s a step, about {words_for(seconds * steps)} of training, "
-                f"{used:.2g} GB used so far"
-            )
 
     def backward(self, optimizer, loss_fn, *batch, mixed_precision=True):
         """New gradients for the optimizer's parameters; returns the mean loss of this rank's rows.
@@ -312,7 +306,6 @@ class Run:
             **BAR,
         )
         self.loss, shown, saved, cost = None, time.perf_counter(), time.perf_counter(), 0
-        in_all = self.all_steps or count
         try:
             for step in range(first, last):
                 self.calls = 0
@@ -320,10 +313,6 @@ class Run:
                 bar.update()
                 self.done = step + 1
                 now = time.perf_counter()
-                if step == first:
-                    warm = now  # the first step takes longer
-                elif step == first + 3 and self.networks and begin == 0:
-                    self._say_time((now - warm) / 3, in_all - step)
                 pause = self.checkpoint_seconds and max(self.checkpoint_seconds, 20 * cost)
                 due = self.rank == 0 and now - saved > pause or step == last - 1
                 show = now - shown > 1 or step == first
@@ -459,7 +448,6 @@ class Run:
         name = f"{processor}, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name()
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
         save_json(
             self.out / "metrics.json",
             {
@@ -470,7 +458,7 @@ class Run:
                 "command": command_line(),
                 "commit": commit(),
                 "device": f"{self.device} ({name})",
-                "versions": {**versions, "numpy": np.__version__},
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
                 "config": dataclasses.asdict(self.config),
                 "seconds": round(self.seconds(), 2),
                 "peak_memory_mb": peak_memory_mb(self.device),
@@ -482,8 +470,10 @@ class Run:
         self.lock.release(force=True)
         columns = ["name", "nfe", "rmse_to_teacher", *METRICS]
         self.say(table(results, columns, self.references))
-        for line in notes(results, columns, self.method):
-            self.say(line)
+        shown = [str(name) for row in results for name in (row["name"], *row)]
+        for beginning, text in EXPLAINED.items():
+            if any(name.startswith(beginning) for name in shown):
+                self.say(f"{beginning}: {text}")
         if self.config.smoke:
             self.say("--smoke tries the path only: these numbers mean nothing")
         files = sorted(f"{file.name}{'/' * file.is_dir()}" for file in self.out.iterdir())
@@ -504,15 +494,6 @@ def check_compiler(device):
         torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
     except Exception as error:  # torch._inductor raises anything
         raise UsageError(f"--compile: not possible here ({one_line(error)})") from None
-
-
-def words_for(seconds):
-    """'40 s', '12 minutes', '7.5 hours', '9 days'."""
-    for unit, length, least in (("days", 86400, 2), ("hours", 3600, 2), ("minutes", 60, 2)):
-        if seconds >= least * length:
-            digits = unit == "hours" and seconds < 10 * length
-            return f"{seconds / length:.{int(digits)}f} {unit}"
-    return f"{math.ceil(seconds)} s"
 
 
 def commit():
@@ -545,27 +526,20 @@ def table(results, columns, references=None):
     columns = [c for c in columns if any(row.get(c) is not None for row in results)]
     spaces = {}  # feature space -> its metrics
     for column in columns:
-        first = next(row for row in results if row.get(column) is not None)
-        known_as = {"kid": "fid", "precision": "precision_recall", "recall": "precision_recall"}
-        known_as = known_as.get(column, column)
-        if space := first.get(f"{known_as}_features"):
-            spaces.setdefault(f"[{space}, n={first['fid_n']}]", []).append(column)
+        row = next(row for row in results if row.get(column) is not None)
+        features = f"{SHARED.get(column, column)}_features"
+        if features in row:
+            spaces.setdefault(f"[{row[features]}, n={row['fid_n']}]", []).append(column)
     above = []
     for space, metrics in spaces.items():
-        line = f"{', '.join(metrics)} {space}"
-        about = [(references or {}).get(metric, {}) for metric in metrics]
-        real, noise = (
-            ", ".join(  # three digits of a kid, as in the rows
-                f"{known[what]:.{3 if metric.startswith('kid') else 4}g}"
-                for metric, known in zip(metrics, about) if what in known
-            )
-            for what in ("real", "noise")
-        )
-        if real:
-            line += f": real test images have {real} (n={about[0]['real_n']})"
-        if noise:
-            line += f"{',' if real else ':'} noise {noise}"
-        above.append(line)
+        about = {metric: (references or {}).get(metric, {}) for metric in metrics}
+        known = []
+        for what, words in (("real", "real test images have"), ("noise", "noise")):
+            values = [_number(metric, a[what]) for metric, a in about.items() if what in a]
+            if values:
+                n = f" (n={about[metrics[0]]['real_n']})" if what == "real" else ""
+                known.append(f"{words} {', '.join(values)}{n}")
+        above.append(f"{', '.join(metrics)} {space}{': ' * bool(known)}{', '.join(known)}")
     lines = [columns] + [[_cell(row, c) for c in columns] for row in results]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     padded = []
@@ -575,41 +549,18 @@ def table(results, columns, references=None):
     return "\n".join([*above, *padded])
 
 
-EXPLAINED = {  # names of rows and columns that a paper does not explain
-    "ddim-edm": "DDIM on EDM's time grid; ddim: on the students' own",
-    "d-": "d-X: the solver X with the learned lambdas",
-    "ab2": "Adams-Bashforth of order 2 on the same grid, which is iPNDM of order 2",
-    "dpmpp2m": "DPM-Solver++(2M) on the same grid",
-    "rectified-flow": "the same network without the catch-up loss, as many iterations",
-    "rectified-flow-equal-compute": "the same, trained until it has cost as much as cud",
-    "cud-1step": "cud, distilled into one step",
-    "fid_unseen": "FID in the features of a second classifier, which no loss has seen",
-}
-
-
-def notes(results, columns, method):
-    """A line for each name in the table that needs one."""
-    columns = [c for c in columns if any(row.get(c) is not None for row in results)]
-    names = [*dict.fromkeys(row["name"] for row in results), *columns]
-    lines = []
-    for name in dict.fromkeys("d-" if str(n).startswith("d-") else n for n in names):
-        if name in EXPLAINED:
-            lines.append(f"{name}: {EXPLAINED[name]}")
-    for row in results:
-        if row["name"] == "teacher":
-            solver = "UniPC of order 3" if method == "ld3" else "Heun's method"
-            lines.append(f"teacher: sampled by {solver}, {row['nfe']} network evaluations")
-    return lines
+def _number(column, value):
+    """Four digits; of a kid, which is known less well, three."""
+    if isinstance(value, float):
+        return f"{value:.{3 if column.startswith('kid') else 4}g}"
+    return "not run" if value is None else str(value)
 
 
 def _cell(row, column):
-    """A value; behind "±" the standard error that the row has of it (rmse_se, kid_se)."""
-    value, error = row.get(column), row.get(f"{column.partition('_')[0]}_se")
-    if value is None:
-        return "not run"
-    if error is None or column not in ("rmse_to_teacher", "kid"):
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-    return f"{value:.{3 if column == 'kid' else 4}g}±{error:.1g}"
+    """A value; behind "±" its standard error, if the row has it as rmse_se or kid_se."""
+    error = row.get(f"{column.partition('_')[0]}_se")
+    shown = error is not None and column in ("rmse_to_teacher", "kid")
+    return _number(column, row.get(column)) + (f"±{error:.1g}" if shown else "")
 
 
 class State(types.SimpleNamespace):

@@ -33,6 +33,6 @@ def coupled_schedule(path, example):
     """sigmas of a schedule.json whose sigmas_net are the same. Raises UsageError as above."""
     hint = ": with dpm2 and heun of half as many steps, leave them out of --solver"
     sigmas, sigmas_net = load_schedule(path, example, hint)
-    right = "its sigmas_net are not its sigmas; learn it with --times coupled"
-    require(torch.equal(sigmas, sigmas_net), "schedule", path, right)
+    message = "its sigmas_net are not its sigmas; learn it with --times coupled"
+    require(torch.equal(sigmas, sigmas_net), "schedule", path, message)
     return sigmas
