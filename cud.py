@@ -12,14 +12,15 @@ squares over batch and pixels, with their places in the official code:
  (c) coupling   20 KL(q(z1 | x0) || N(0, I)), z1 ~ q of an encoder         :148, utils.py:105
                 --independent: no encoder, z1 ~ N(0, I)
  (d) one step   |z1 - v(z1, 1) - x0_m|^2 + 0.1 |v(z1, 1) - sg v_EMA(z1, 1)|^2
-                afterwards, of a copy: x0_m is the image that CUD predicts after m = 8,
-                then 11, then 14 of 16 Euler steps      train_distill_update.py:78, 103-108
+                trains a copy of the finished CUD. x0_m is the image that CUD predicts after
+                m of 16 Euler steps from z1: a third of the training has m = 8, the next 11,
+                the last 14                             train_distill_update.py:78, 103-108
 RK12 has one head (output of the network), RK23 two, RK34 three. Head i learns the velocity
 at time t - i h in z - i h K, with K the slope of one Runge-Kutta step of length h: one
 slope stretched over i steps, first-order accurate for i > 1. (a), (b): sums over the heads.
-Samples are made with the last head (as official, --generator 2, 3); --head takes another.
-Prior ShakeDrop (--shakedrop): where the decoder joins its features with the encoder's
-skips, they are multiplied by 2 s and 2 (1 - s); s = phi + t (1 - 2 phi) is its share.
+Samples are made with the last head (the official --generator 2 or 3), or with --head.
+Prior ShakeDrop (--shakedrop): where the decoder's features meet the encoder's skips, the
+features are multiplied by 2 s, the skips by 2 (1 - s), with s = phi + t (1 - 2 phi).
 
 Differences from the official code (Catch-Up-Distillation, commit 7d271f1):
  1. v inside sg v(z - h v(z, t), ...) is the prediction itself (theirs: evaluated again,
@@ -29,10 +30,10 @@ Differences from the official code (Catch-Up-Distillation, commit 7d271f1):
  3. Decay of the EMA in step i: min(.9999, (1 + i) / (10 + i)) (theirs: .9999, in their
     ImageNet-64 repository .99994).
  4. The encoder has two heads, mean and log variance (theirs: one of twice the channels).
- 5. Heun's steps reach t = 0 (theirs: t = 1/2, being half as long).
+ 5. Heun's method ends at t = 0 (theirs: at t = 1/2, its steps are half as long).
  6. Adaptive weights act on all heads (theirs: in RK12 only).
- 7. imagenet64: classes, no encoder, flips, as their ImageNet-64 repository (bb30d56),
-    but without its wavelet loss (cm/karras_diffusion.py:133-139); it has no stage (d).
+ 7. imagenet64: classes, flips, no encoder, as in their ImageNet-64 repository (bb30d56), but
+    without its wavelet loss (cm/karras_diffusion.py:133-139); stage (d) is not from there.
  8. digits, mnist, folder: all settings are chosen here, for a CPU: adaptive weights,
     TN = 160, no encoder, no ShakeDrop (theirs for mnist: fixed weights, 16, both).
 Digits, FID* of 4 Euler steps: 3.09, rectified flow 5.84; the shipped teacher by UniPC, with
@@ -83,7 +84,7 @@ def catch_up_targets(velocity, z, t, h, k1, flow_target, heads=1):
     if heads > 1:  # RK23: of a step of Heun's method
         k2 = v(z - s * k1, 1)
         k = (k1 + k2) / 2
-    if heads > 2:  # RK34: with a third evaluation, at t - 2 h
+    if heads > 2:  # RK34: of a Runge-Kutta step with a third evaluation, at t - 2 h
         k3 = v(z - (expand(7 * h, z) * k1 + s * k2) / 4, 2)
         k = 5 / 12 * k1 + 2 / 3 * k2 - 1 / 12 * k3
     targets = torch.stack([v(z - expand(i * h, z) * k, i) for i in range(1, heads + 1)])
@@ -130,7 +131,8 @@ def one_step_targets(velocity, z1, head=1):
     """x0_m of (d), the images predicted after m of 16 Euler steps: (3, B, C, H, W)."""
     zs = []  # the states at t = 1, 15/16, ..., 0
     sample(velocity, z1, 16, head=head, callback=lambda i, z: zs.append(z))
-    # The step from z is -v / 16, so z - t v is this many steps.
+    # At state m, t = (16 - m) / 16 and the Euler step is -v / 16: x0 = z - t v is the state
+    # plus 16 - m such steps.
     return torch.stack([zs[m] + (16 - m) * (zs[m + 1] - zs[m]) for m in (8, 11, 14)])
 
 
@@ -253,7 +255,7 @@ def make_net(config, data, encoder=False):
 
 
 def same_start(run, stream, optimizer, start, *nets):
-    """Each training sees the same draws; its nets get the weights of `start`."""
+    """Begin a training: the draws of the others, a new optimizer, the weights of `start`."""
     torch.manual_seed(run.config.seed + 1)
     stream.position = 0
     optimizer.state.clear()
@@ -289,7 +291,9 @@ def train_flow(config, run, stream, trained, emas, optimizer, name, iterations):
         optimizer.param_groups[0]["lr"] = config.lr * min(1, (i + 1) / max(1, config.warmup))
         optimizer.step()
         ema_update(ema, net, ema_decay(i))
-        if name == FLOWS[1] and i == config.steps - 1:  # as many iterations as CUD
+        # After as many iterations as CUD this is the baseline of equal iterations; the
+        # training goes on to the one of equal compute.
+        if name == FLOWS[1] and i == config.steps - 1:
             emas[FLOWS[0]].load_state_dict(ema.state_dict())
 
 
@@ -336,7 +340,8 @@ def train(config, run=None):
     state = stream, trained, emas, optimizer
     train_flow(config, run, *state, "cud", config.steps)
     if config.baseline:
-        # Forward passes: 2 heads - 1 for the targets; a backward pass counts as two.
+        # Network passes of one iteration of CUD, a backward pass counting as two: 2 heads - 1
+        # forward for the targets, 3 for the loss, 3 for the encoder. Rectified flow has 3.
         passes = 2 * config.heads - 1 + 3 * (2 - config.independent)
         train_flow(config, run, *state, FLOWS[1], round(config.steps * passes / 3))
     if config.distill_steps:

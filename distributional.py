@@ -1,9 +1,9 @@
 """GDD, GDD-I: Diffusion Models Are Innate One-Step Generators (Zheng & Yang, arXiv:2405.20750).
 
 Idea: one step of a diffusion model from its highest noise level gives blurred images. GDD
-sharpens them by the loss of a GAN, which compares distributions, and no image with one of
-the teacher: that gives the first weights and is not run again. GDD-I freezes the
-convolutions: the other 15 % of the weights suffice to make a generator of a denoiser.
+sharpens them by the loss of a GAN, which compares distributions of images, never an image
+with one of the teacher's: the teacher gives the initial weights and is not run again. GDD-I
+freezes the convolutions: the other 15 % of the weights make a generator of a denoiser.
 
 Loss (official: training/loss.py:238-313). z ~ N(0, I), x0 a real image, F(x, sigma) the
 denoiser that is trained, disc_k(x) the logits of the discriminator's head k:
@@ -14,21 +14,25 @@ denoiser that is trained, disc_k(x) the logits of the discriminator's head k:
 The heads see maps of frozen networks, mixed at random (Projected GAN, arXiv:2111.01007).
 
 Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):
- 1. L_G, L_D are sums over heads of means (theirs: by `logits += tensor` sums over images,
-    with 64 a GPU 16 times as large; R1 is not). Their gamma of 1e-4 is 1e-4 / 16 here.
+ 1. L_G and L_D are sums over the heads of means over images (theirs: in effect sums over a
+    GPU's images, because `logits += tensor` on a list adds a tensor's rows one by one; with
+    64 images 16 times as large). R1 is alike in both, so their gamma of 1e-4 is 1e-4 / 16.
  2. Frozen networks: VGG16's maps after its poolings (theirs: before, twice as large; DeiT
     instead, except on CIFAR-10); small data: a classifier of a seed that no FID uses.
- 3. Mixing of scales: 3x3 convolutions of the coarser map, scaled to keep its size (theirs:
-    1x1, PyTorch's first weights and biases, at the coarsest map too, then all doubled).
+ 3. Mixing of scales: 3x3 convolutions of the coarser map, random with a variance that keeps
+    its size (theirs: 1x1 with PyTorch's default initialization and biases, also at the
+    coarsest map; then all maps are doubled).
  4. Heads: one width, spectral norm alone, 4 to 16 logits (theirs: widening to 512, batch
     norm too, 16); a logit for each class (theirs: a pretrained embedding of classes).
- 5. F has EDM's preconditioning (theirs: consistency models'; at sigma_max within 6e-5).
+ 5. F has EDM's preconditioning (theirs: consistency models'; the same within 6e-5 at
+    sigma_max).
  6. bfloat16 on GPUs for G and disc, not for R1 (theirs: for G alone).
  7. Checkpoints hold disc and both optimizers (theirs: nothing of the discriminator).
  8. A gradient that is not finite stops the run (theirs: replaced by 0 or +-1e5).
  9. Not here: hinge loss, instance-level losses, generators of several steps.
-Digits, FID* (n = 1,024) of one evaluation: GDD .72, GDD-I .87 (when L_D took the fakes of
-L_G); of the teacher untrained, UniPC-3 on the cosine grid: 1.61 with 3, .32 with 4.
+Digits, FID* (n = 1,024) of one evaluation: GDD-I .89, GDD .72 (by an earlier version, whose
+L_D took the fakes of L_G); with nothing trained, UniPC on the cosine grid has 1.61 with 3
+evaluations, .32 with 4.
     python distributional.py                # digits, GDD-I: 6 min on one CPU core
     python distributional.py --freeze none  # GDD: all is trained
     python distributional.py --dataset cifar10 --teacher edm-cifar10-32x32-uncond-ve
@@ -67,7 +71,7 @@ def is_frozen(name, level):
     and dec.8x8_in0.proj.weight, and trains enc.32x32_conv.weight, which is in no block, and
     enc.32x32_block0.norm0.weight, enc.16x16_block0.qkv.weight, dec.8x8_block0.skip.weight.
     """
-    layers = level.replace("+", "|") + "|proj"
+    layers = level.replace("+", "|") + "|proj"  # "proj": the attention's last convolution
     inside = re.search(rf"_(block|up|down|in)\d*\.({layers})", our_name(name))
     return level != "none" and inside is not None
 
@@ -278,7 +282,8 @@ def train(config, run=None, teacher=None, networks=None, stream=None):
     disc = disc.to(run.device, memory_format=torch.channels_last)
     run.prepare(generator.net)
 
-    # R1 has optimizer steps of its own: StyleGAN2's correction for these (arXiv:1912.04958)
+    # R1 has optimizer steps of its own, one after every 16 others: learning rate and beta2
+    # are lowered for these as in StyleGAN2 (arXiv:1912.04958).
     c = config.r1_every / (config.r1_every + bool(config.r1_gamma))
     trained = [p for p in generator.parameters() if p.requires_grad]
     heads = disc.heads.parameters()
@@ -286,6 +291,7 @@ def train(config, run=None, teacher=None, networks=None, stream=None):
     optimizer_d = torch.optim.Adam(heads, config.lr_d * c, (0.0, 0.99**c), fused=True)
     stream = stream or Stream(data, config.batch_size, config.seed)
     sample = one_step(generator, config.sigma_max)
+    # Applied at every 16th step, the penalty is 16 times as large.
     loss_r1 = partial(r1_penalty, disc, gamma=config.r1_gamma * config.r1_every)
 
     def loss_g(noise, labels):

@@ -18,15 +18,17 @@ noise; delta_i: what lambda = 1 adds to x_i; <,>: the sum over all pixels of all
 (edm/distilled_sampler.py:4-13, 60-79; dpm_solver/functions/denoising.py:21-30, 191-197).
 
 Differences from the paper and its code (D-ODE-Solvers, commit 6dc5a1c):
-1. The fine solver passes through the student's noise levels. Theirs: state k is compared
-   with fine state kC, although their levels differ. N = C = 10 on EDM's grid: 45.0 for
-   42.4, ..., 0.0141 for 0.002. On VP time D-DDIM's are 90 of 1000 timesteps too noisy, but
-   for the last, and D-DPM-Solver-2's about 10 less noisy; iPNDM's and DEIS' coincide.
+1. The fine solver passes through the student's noise levels. Theirs: the student's state k
+   is fitted to the fine state kC, at another level. On EDM's grid with N = C = 10 the fine
+   state has sigma 45.0 where the student's has 42.4, at the end 0.0141 where it has 0.002.
+   In VP time DDIM's fine states are 90 of 1000 timesteps noisier, except the last, and
+   DPM-Solver-2's about 10 less noisy; those of iPNDM and DEIS are at the same level.
 2. N steps to sigma_min. Theirs: N - 1 to sigma_min, one to 0 (EDM), or N to t = 0 (VP).
 3. Any number of fitting images, over all ranks, none of them evaluated. Theirs: each rank's
    first batch of 100, with lambdas of its own, counted among the 50,000 of the FID.
-4. lambda stands inside the step: in noise, 1/2 is two-step Adams-Bashforth (row ab2).
-   Theirs is outside, but for DPM-Solver: ours times the output's weight in the step.
+4. lambda multiplies D_i - D_{i-1} before it enters the step: with noise as D, lambda = 1/2
+   is two-step Adams-Bashforth (row ab2). Theirs, except DPM-Solver's, is added after the
+   step, so that it is ours times the weight that D_i has in the step.
 5. D is the x0-prediction (theirs with EDM's networks); --output eps: noise (DDPM's).
 6. DPM-Solver-2's inner level: the middle in log sigma (theirs: in VP time). DEIS integrates
    exactly (theirs: a Riemann sum). Fine solvers of any length (theirs: at most 1000 steps).
@@ -148,7 +150,7 @@ class Point(NamedTuple):
     """A point of a sampling trajectory: tensors (B, C, H, W), float64."""
     x: torch.Tensor
     start: torch.Tensor  # the state where the solver's step began
-    output: torch.Tensor | None  # D_i of the evaluation before
+    output: torch.Tensor | None  # D of the evaluation before; None: there is none
     delta: torch.Tensor | None = None  # what lambda = 1 adds to x
     slopes: tuple = ()  # of the evaluations before, the newest first, at most 4
 
@@ -169,11 +171,13 @@ def step(denoiser, point, stage, output="x0"):
     slopes = ((x - denoised) / stage.sigma, *point.slopes[:3])
     start = point.start if stage.second else x
     change = sum(w * slope for w, slope in zip(stage.weights, slopes))
-    # D_i as noise: the combination of slopes along which the solver makes its step; in a
-    # second stage the newest slope alone. gain: its weight in the step.
+    # With noise as D, D_i is the weighted mean of slopes along which the solver makes its step
+    # (in a second stage: the newest slope), and `gain` is its weight in the step.
     gain = stage.weights[0] if stage.second else stage.to - stage.sigma
     d_i = eps_i = slopes[0] if stage.second else change / gain
-    if output == "x0":  # D_i = x - sigma eps_i, without cancellation
+    if output == "x0":
+        # D_i = x - sigma eps_i, written so that nothing cancels. The step contains
+        # gain * eps_i = gain * (x - D_i) / sigma: the weight of D_i is -gain / sigma.
         d_i, gain = denoised + stage.sigma * (slopes[0] - eps_i), -gain / stage.sigma
     delta = torch.zeros_like(x) if point.output is None else gain * (d_i - point.output)
     return Point(start + change, start, d_i, delta, slopes)
@@ -196,7 +200,7 @@ def student_grid(config, solver, nfe, kind=None):
     Of a hand-made grid (--grid, or `kind` where that is auto), or of --schedule.
     """
     n = (nfe + 1) // 2 if solver in TWO_EVALUATIONS else nfe
-    kind = kind or "edm" if config.grid == "auto" else config.grid
+    kind = (kind or "edm") if config.grid == "auto" else config.grid
     sigmas = sigma_grid(kind, n, config.sigma_min, config.sigma_max)
     return coupled_schedule(config.schedule, sigmas) if config.schedule else sigmas
 
@@ -313,7 +317,9 @@ def fit(config, run=None, teacher=None):
     seeds = torch.arange(config.fit_n) + 10**9 * (config.seed + 1)  # evaluation: 0, 1, ...
     seeds = seeds[share_of(config.fit_n)]
     x = config.sigma_max * noise_from_seeds(seeds, teacher.net.img_shape, run.device)
-    if x.is_cuda and 16 * x.nbytes > torch.cuda.mem_get_info()[0] / 4:  # two Points
+    # Two Points hold up to 16 tensors like x. Where that is much of a GPU's memory they stay
+    # on the CPU, and only --fit-batch images at a time are on the GPU.
+    if x.is_cuda and 16 * x.nbytes > torch.cuda.mem_get_info()[0] / 4:
         x = x.cpu()
 
     def denoiser(x, sigma):  # the teacher network, --fit-batch images at a time
@@ -336,6 +342,7 @@ def fit(config, run=None, teacher=None):
         lambdas, squares = fit_lambdas(student, fine, targets, denoiser, x, config.output)
         # RMSE to the fine solver's last state
         run.loss = torch.tensor(squares / (config.fit_n * x[0].numel())).sqrt()
+        # Of one image; the search for the best grid takes none without --grid auto.
         evaluations = nfe + len(fine) + auto * (len(GRIDS) * nfe + config.reference_nfe)
         state.fitted[solver, nfe] = {
             "solver": solver, "nfe": nfe, "grid": "schedule" if config.schedule else kind,
@@ -382,6 +389,7 @@ def main():
     samplers["teacher", nfe] = sampler(heun, reference_grid(config))
 
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")
+    # The first rows are, for each solver and NFE, the plain solver and the distilled one.
     for plain, distilled, entry in zip(rows[::2], rows[1::2], fitted.values()):
         plain["grid"] = distilled["grid"] = entry["grid"]
         distilled |= {key: value for key, value in entry.items() if key.startswith("fit_")}
