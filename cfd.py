@@ -3,9 +3,9 @@ Accelerating Diffusion Sampling with Classifier-based Feature Distillation
 (Sun et al., ICME 2023, arXiv:2211.12039).
 
 Idea: progressive distillation (PD: Salimans & Ho, arXiv:2202.00512, progressive.py) asks
-a student to match, pixel by pixel, a teacher with twice as many steps: too few steps for
-that. What matters is what is seen in the image: CFD compares the features that a
-classifier has of both images, as distributions over features.
+a student to match, pixel by pixel, a teacher with twice as many steps, for which it has too
+few. What matters is what is seen in the image: CFD compares the features that a classifier
+has of both images, as distributions over features.
 
 Loss (RCFD/diffusion.py:198-258):
     L = KL( softmax(f(x~) / tau) || softmax(f(D_student)) )

@@ -10,7 +10,7 @@ denoiser that is trained, disc_k(x) the logits of the discriminator's head k:
     G(z) = F(sigma_max z, sigma_max)
     L_G = sum_k E softplus(-disc_k(G(z)))
     L_D = sum_k E softplus(-disc_k(x0)) + E softplus(disc_k(G(z)))
-    R1  = gamma/2 E |d/dx0 sum_k disc_k(x0)|^2, 16 times at every 16th step
+    R1  = gamma/2 E |d/dx0 sum_k disc_k(x0)|^2, at every 16th step, with 16 times the weight
 The heads see maps of frozen networks, mixed at random (Projected GAN, arXiv:2111.01007).
 
 Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):

@@ -184,21 +184,21 @@ def training_cost(metrics, row, runs):
     return cost
 
 
-@picture
-def save_comparison(figure, cells, columns, title):
+def save_comparison(path, cells, columns, title):
     """A table of images: {row label: {column: (8 images uint8 (n, C, H, W), caption)}}."""
-    figure.set_size_inches(1.5 + 1.75 * len(columns), 1.08 * len(cells) + 0.7)
-    axes = blank(figure, len(cells), len(columns))
-    for line, (label, row) in zip(axes, cells.items()):
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-        for axis, column in zip(line, columns):
-            if column in row:
-                images, caption = row[column]
-                show(axis, images[:8], rows=2)
-                axis.set_xlabel(caption, fontsize=8)
-    for axis, column in zip(axes[0], columns):
-        axis.set_title(column, fontsize=10)
-    figure.suptitle(title, fontsize=10)
+    with picture(path) as figure:
+        figure.set_size_inches(1.5 + 1.75 * len(columns), 1.08 * len(cells) + 0.7)
+        axes = blank(figure, len(cells), len(columns))
+        for line, (label, row) in zip(axes, cells.items()):
+            line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+            for axis, column in zip(line, columns):
+                if column in row:
+                    images, caption = row[column]
+                    show(axis, images[:8], rows=2)
+                    axis.set_xlabel(caption, fontsize=8)
+        for axis, column in zip(axes[0], columns):
+            axis.set_title(column, fontsize=10)
+        figure.suptitle(title, fontsize=10)
 
 
 def draw(out, dataset, space, rows):

@@ -300,23 +300,23 @@ def test_given_inception_weights_are_used(tmp_path, small):
     assert not extractor(images).requires_grad
     assert extractor.name == other.name == "inception" and extractor.digest != other.digest
     (tmp_path / "weights.pth").write_text("")
-    with pytest.raises(UsageError, match="--inception .*weights.pth.*not readable"):
+    with pytest.raises(UsageError, match="--inception .*weights.pth: .*it has 0 bytes"):
         feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     torch.save({"fc.weight": torch.ones(3)}, tmp_path / "weights.pth")  # another network's
     pattern = "--inception .*weights.pth: not the weights of FID's Inception"
     with pytest.raises(UsageError, match=pattern):
         feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     torch.save({"scale": torch.full((3,), np.nan)}, tmp_path / "weights.pth")
-    with pytest.raises(UsageError, match="weights.pth: weights that are not finite"):
+    with pytest.raises(UsageError, match="weights.pth: .*values that are not finite"):
         feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     (tmp_path / "weights.pth").unlink()
     os.mkfifo(tmp_path / "weights.pth")  # opening it would wait
-    with pytest.raises(UsageError, match="weights.pth: not readable .it is not a file"):
+    with pytest.raises(UsageError, match="weights.pth: .*it is not a file"):
         feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     (tmp_path / "weights.pth").unlink()
     (tmp_path / "weights.pth").touch()
     os.truncate(tmp_path / "weights.pth", 2**33)
-    with pytest.raises(UsageError, match="weights.pth: not readable .it has 8,589,934,592"):
+    with pytest.raises(UsageError, match="weights.pth: .*it has 8,589,934,592"):
         feature_extractor("cifar10", "cpu", tmp_path / "weights.pth")
     with pytest.raises(UsageError, match="--inception .*colour images only"):
         feature_extractor("digits", "cpu", tmp_path / "weights.pth")

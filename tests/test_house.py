@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("ld3", "dode", "progressive", "cfd", "cud", "distributional")
 MATHEMATICS = ("diffusion", "solvers", "unet")
+LIMITS = {"common": 2050, "common/machinery": 2200}  # lines of code in all
 NO_CODE = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")
 SOURCES = [ROOT / f"{name}.py" for name in SCRIPTS] + sorted((ROOT / "common").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -146,6 +147,12 @@ def code_lines(text):
 def test_lines_of_code_are_counted():
     text = '"""Two\nlines."""\n\n# a comment\nx = [\n    1,  # one\n]\ny = """a\nb"""\n'
     assert code_lines(text) == 5
+
+
+@pytest.mark.parametrize("folder", LIMITS)
+def test_what_the_scripts_share_is_short(folder):
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / folder).glob("*.py")]
+    assert sum(map(code_lines, texts)) <= LIMITS[folder]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

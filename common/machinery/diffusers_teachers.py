@@ -32,6 +32,8 @@ def is_diffusers(spec):
 class Network(nn.Module):
     """A UNet2DModel as scripts use a network: F(z, t, labels), labels indices or one-hot rows."""
 
+    checkpoint = False  # True: recompute blocks in the backward pass
+
     def __init__(self, unet):
         super().__init__()
         self.unet = unet
@@ -40,17 +42,9 @@ class Network(nn.Module):
         self.img_shape = (unet.config.in_channels, *size)
         self.label_dim = unet.config.num_class_embeds or 0
 
-    @property
-    def checkpoint(self):
-        """Whether blocks are recomputed in the backward pass."""
-        return self.unet.is_gradient_checkpointing
-
-    @checkpoint.setter
-    def checkpoint(self, on):
-        if on:
-            self.unet.enable_gradient_checkpointing()
-
     def forward(self, z, t, labels=None):
+        if self.checkpoint:
+            self.unet.enable_gradient_checkpointing()
         if not self.label_dim:
             labels = None
         elif labels is not None and labels.ndim == 2:

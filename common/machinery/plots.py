@@ -1,6 +1,5 @@
 """The pictures a run leaves behind, as PNG: rows of images, curves, time grids. Rank 0 writes."""
 import contextlib
-import functools
 import itertools
 import os
 import sys
@@ -28,23 +27,20 @@ COLORS = {
 }
 
 
-def picture(draw):
-    """draw(figure, *arguments) -> a function of (path, *arguments) that writes the figure.
+@contextlib.contextmanager
+def picture(path):
+    """`with picture(path) as figure:` draws, and writes the figure to `path`.
 
     In matplotlib's own style, whatever the user's is; a failure costs the picture alone.
     """
-    @functools.wraps(draw)
-    def drawn(path, *arguments, **options):
-        try:
-            with matplotlib.rc_context():
-                matplotlib.rcdefaults()
-                figure = Figure(dpi=120, layout="constrained")
-                draw(figure, *arguments, **options)
-                _write(figure, path)
-        except Exception as error:  # of fonts, of a full disk: the numbers are still to be written
-            print(f"{path} could not be drawn ({one_line(error)})")
-
-    return drawn
+    try:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            figure = Figure(dpi=120, layout="constrained")
+            yield figure
+            _write(figure, path)
+    except Exception as error:  # of fonts, of a full disk: the numbers are still to be written
+        print(f"{path} could not be drawn ({one_line(error)})")
 
 
 def _write(figure, path):
@@ -77,22 +73,17 @@ def save_rows(path, rows, columns=16):
     All of them lie beside the picture as an .npz, under their labels.
     """
     rows = {label: np.asarray(images) for label, images in rows.items()}
-    if rank_and_world()[0] == 0:
-        atomic_write(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **rows))
-    _save_rows(path, rows, columns)
+    with picture(path) as figure:
+        if rank_and_world()[0] == 0:
+            atomic_write(path.with_suffix(".npz"), lambda file: np.savez_compressed(file, **rows))
+        figure.set_size_inches(1.9 + 0.62 * columns, 0.68 * len(rows) + 0.1)
+        for axis, (label, images) in zip(blank(figure, len(rows), 1).flat, rows.items()):
+            show(axis, images[:columns])
+            axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
 
 
-@picture
-def _save_rows(figure, rows, columns):
-    figure.set_size_inches(1.9 + 0.62 * columns, 0.68 * len(rows) + 0.1)
-    for axis, (label, images) in zip(blank(figure, len(rows), 1).flat, rows.items()):
-        show(axis, images[:columns])
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
-
-
-@picture
 def save_curves(
-    figure, curves, xlabel, ylabel, title="", log="", references=None, colors=None, baselines=(),
+    path, curves, xlabel, ylabel, title="", log="", references=None, colors=None, baselines=(),
     notes=None,
 ):
     """Lines {label: (xs, ys)} in one plot; `log`, "", "x", "y" or "xy": the logarithmic axes.
@@ -101,30 +92,31 @@ def save_curves(
     lines across the plot. colors {label: color}; the lines of `baselines` are dashed. notes
     {label: a word at each point}.
     """
-    figure.set_size_inches(8, 4)
-    axis = figure.subplots()
-    for label, (xs, ys) in curves.items():
-        marker = "D" if len(xs) == 1 else "." if len(xs) < 40 else None
-        look = {"color": (colors or {}).get(label), "marker": marker}
-        axis.plot(xs, ys, "--" if label in baselines else "-", label=label, **look)
-        for x, y, word in zip(xs, ys, (notes or {}).get(label, ())):
-            axis.annotate(word, (x, y), (4, 4), textcoords="offset points", fontsize=8)
-    for label, y in (references or {}).items():
-        axis.axhline(y, color="gray", linestyle="--", label=label)
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if log == "symlog":
-        axis.set_yscale("symlog", linthresh=1)
-    else:
-        axis.set_xscale("log" if "x" in log else "linear")
-        axis.set_yscale("log" if "y" in log else "linear")
-    points = sorted({x for xs, _ in curves.values() for x in xs})
-    if len(points) < 13 and all(isinstance(x, int) for x in points):
-        axis.set_xticks(points, map(str, points))  # counts: 1, 2, 4 instead of 10^0, ...
-        axis.set_xticks([], minor=True)
-    if log:
-        axis.yaxis.set_major_formatter("{x:g}")
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside center right")
+    with picture(path) as figure:
+        figure.set_size_inches(8, 4)
+        axis = figure.subplots()
+        for label, (xs, ys) in curves.items():
+            marker = "D" if len(xs) == 1 else "." if len(xs) < 40 else None
+            look = {"color": (colors or {}).get(label), "marker": marker}
+            axis.plot(xs, ys, "--" if label in baselines else "-", label=label, **look)
+            for x, y, word in zip(xs, ys, (notes or {}).get(label, ())):
+                axis.annotate(word, (x, y), (4, 4), textcoords="offset points", fontsize=8)
+        for label, y in (references or {}).items():
+            axis.axhline(y, color="gray", linestyle="--", label=label)
+        axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        if log == "symlog":
+            axis.set_yscale("symlog", linthresh=1)
+        else:
+            axis.set_xscale("log" if "x" in log else "linear")
+            axis.set_yscale("log" if "y" in log else "linear")
+        points = sorted({x for xs, _ in curves.values() for x in xs})
+        if len(points) < 13 and all(isinstance(x, int) for x in points):
+            axis.set_xticks(points, map(str, points))  # counts: 1, 2, 4 instead of 10^0, ...
+            axis.set_xticks([], minor=True)
+        if log:
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+        figure.legend(fontsize=8, loc="outside center right")
 
 
 def save_fid_curves(path, rows, title=""):
@@ -150,22 +142,22 @@ def save_fid_curves(path, rows, title=""):
     )
 
 
-@picture
-def save_sigma_grids(figure, grids, title="", floor=1e-3):
+def save_sigma_grids(path, grids, title="", floor=1e-3):
     """Time grids {label: (sigmas, sigmas_net or None)} on a log axis; sigmas_net are crosses."""
-    figure.set_size_inches(8, 0.5 * len(grids) + 1.3)
-    axis = figure.subplots()
-    for y, (sigmas, sigmas_net) in enumerate(grids.values()):
-        xs = np.maximum(np.asarray(sigmas, dtype=float), floor)
-        axis.plot(xs, [y] * len(xs), "o-", color=f"C{y}", markersize=6, linewidth=1)
-        if sigmas_net is not None:  # the network is not evaluated at the last level
-            xs = np.maximum(np.asarray(sigmas_net, dtype=float), floor)[:-1]
-            label = "conditioning noise level"
-            axis.plot(xs, [y] * len(xs), "x", color="black", markersize=7, label=label)
-            axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    axis.set(xscale="log", xlabel="sigma (noise level): from noise to image")
-    axis.set_title(title, loc="left")
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.set_yticks(range(len(grids)), list(grids))
-    axis.invert_xaxis()
-    axis.grid(alpha=0.3, axis="x")
+    with picture(path) as figure:
+        figure.set_size_inches(8, 0.5 * len(grids) + 1.3)
+        axis = figure.subplots()
+        for y, (sigmas, sigmas_net) in enumerate(grids.values()):
+            xs = np.maximum(np.asarray(sigmas, dtype=float), floor)
+            axis.plot(xs, [y] * len(xs), "o-", color=f"C{y}", markersize=6, linewidth=1)
+            if sigmas_net is not None:  # the network is not evaluated at the last level
+                xs = np.maximum(np.asarray(sigmas_net, dtype=float), floor)[:-1]
+                label = "conditioning noise level"
+                axis.plot(xs, [y] * len(xs), "x", color="black", markersize=7, label=label)
+                axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+        axis.set(xscale="log", xlabel="sigma (noise level): from noise to image")
+        axis.set_title(title, loc="left")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_yticks(range(len(grids)), list(grids))
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3, axis="x")

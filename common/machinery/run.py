@@ -83,7 +83,8 @@ def pick_device(name="auto"):
             f"--device {name}: not available here ({one_line(error)}); try --device cpu"
         ) from None
     if device.type != "cuda":
-        return device, f"device {device} ({why}{torch.get_num_threads()} threads)"
+        processor = platform.processor() or platform.machine()
+        return device, f"device {device} ({why}{processor}, {torch.get_num_threads()} threads)"
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device, f"device {device} ({why}{torch.cuda.get_device_name(device)})"
@@ -138,7 +139,7 @@ class Run:
         self.method, self.config = method, config
         self.checkpoint_seconds = checkpoint_seconds
         self.out = Path(config.out) if config.out else self._default_folder()
-        self.device, why = pick_device(config.device)
+        self.device, self.about_device = pick_device(config.device)
         self.rank, self.world = rank_and_world(self.device)
         self.loss = None  # set in the training loop: a tensor, or {name: tensor}
         self.parts, self.done, self.planned = {}, 0, 0  # steps done, and planned by `steps` so far
@@ -152,7 +153,8 @@ class Run:
         self.wait()  # no rank may write a new checkpoint while another reads the old one
         torch.manual_seed(config.seed)
         self.start = time.perf_counter()
-        self.say(f"{method} on {name_of_data(config)}: {why}, seed {config.seed}, out {self.out}")
+        data, device = name_of_data(config), self.about_device
+        self.say(f"{method} on {data}: {device}, seed {config.seed}, out {self.out}")
 
     def _default_folder(self):
         """runs/METHOD-DATASET; with -2, -3, ... where a run with other options lies there."""
@@ -444,10 +446,6 @@ class Run:
         if self.rank > 0:
             return
         teacher = getattr(self.config, "teacher", "none")
-        processor = platform.processor() or platform.machine()
-        name = f"{processor}, {torch.get_num_threads()} threads"
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name()
         save_json(
             self.out / "metrics.json",
             {
@@ -457,7 +455,7 @@ class Run:
                 "seed": self.config.seed,
                 "command": command_line(),
                 "commit": commit(),
-                "device": f"{self.device} ({name})",
+                "device": self.about_device.removeprefix("device "),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
                 "config": dataclasses.asdict(self.config),
                 "seconds": round(self.seconds(), 2),
