@@ -92,9 +92,8 @@ def pick_device(name="auto"):
 
 def autocast(device):
     """bfloat16 where a GPU has it. Not on the CPU: measured slower than float32 there."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_it)
 
 
 def name_of_data(config):
@@ -266,8 +265,6 @@ class Run:
         if self.restored:
             saved = self.restored.pop("parts")  # not kept in memory
             for name, part in parts.items():
-                if name not in saved:
-                    raise UsageError(f"--resume: {self.out / 'checkpoint.pt'} holds no {name!r}")
                 try:
                     part.load_state_dict(saved[name])
                 except Exception as error:  # of another version of this project, perhaps
