@@ -270,7 +270,7 @@ def ema_decay(i):
 
 def train_flow(config, run, stream, trained, emas, optimizer, name, iterations):
     """CUD, or the baseline: the same loop with another loss."""
-    (net, *encoder), ema = trained, emas[name]
+    (net, *encoder), ema = trained, emas[name]  # encoder: [] with --independent
 
     def loss_fn(w, x0, noise, t, h, labels):
         v = partial(net, labels=labels)
