@@ -417,12 +417,11 @@ def loss_curves():
     """The picture of each method's kept log.jsonl, and what the quantities in it mean."""
     rows = []
     for method, quantities in losses.MEANING.items():
-        for picture in sorted(RESULTS.glob(f"digits-{method}-*/losses.png")):
-            run = picture.parent.name
-            link = f"[{run}](notebooks/results/{run}/losses.png)"
-            for name, meaning in quantities.items():
-                rows.append([link, name, meaning])
-    return markdown(["run", "quantity", "what it is, and what it should do"], rows)
+        runs = [path.parent.name for path in sorted(RESULTS.glob(f"*-{method}-*/losses.png"))]
+        links = [f"[{run}](notebooks/results/{run}/losses.png)" for run in runs]
+        for name, meaning in quantities.items():
+            rows.append([method, name, meaning, ", ".join(links) or "no log is kept"])
+    return markdown(["", "quantity", "what it is, and what it should do", "picture"], rows)
 
 
 TABLES = {
