@@ -17,13 +17,7 @@ from torch import nn
 
 from common import UsageError, diffusion
 from common.diffusion import (
-    Denoiser,
-    GaussianMixture,
-    check_grid,
-    expand,
-    noise_from_seeds,
-    sigma_grid,
-    with_labels,
+    Denoiser, GaussianMixture, check_grid, expand, noise_from_seeds, sigma_grid, with_labels,
 )
 from common.solvers import euler
 

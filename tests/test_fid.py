@@ -16,16 +16,8 @@ from common.classifier import Classifier
 from common.datasets import load_dataset, to_float, to_uint8
 from common.diffusion import noise_from_seeds
 from common.fid import (
-    Evaluator,
-    Metrics,
-    Moments,
-    feature_extractor,
-    features_of,
-    frechet_distance,
-    load_moments,
-    make_evaluator,
-    precision_recall,
-    reference_moments,
+    Evaluator, Metrics, Moments, feature_extractor, features_of, frechet_distance, load_moments,
+    make_evaluator, precision_recall, reference_moments,
 )
 from common.machinery import inception
 from common.machinery.inception import Inception, old_resize

@@ -24,19 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import UsageError
 from common.diffusion import GaussianMixture, sigma_grid, v_from_x0, vp_from_edm
 from common.solvers import (
-    ADAMS_BASHFORTH,
-    ORDERS,
-    SOLVERS,
-    TWO_EVALUATIONS,
-    deis,
-    dpm2,
-    dpmpp,
-    euler,
-    heun,
-    ipndm,
-    steps_for,
-    unipc,
-    vp_time,
+    ADAMS_BASHFORTH, ORDERS, SOLVERS, TWO_EVALUATIONS, deis, dpm2, dpmpp, euler, heun, ipndm,
+    steps_for, unipc, vp_time,
 )
 
 GOLDEN = Path(__file__).parent / "golden"

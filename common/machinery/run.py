@@ -37,11 +37,7 @@ from common.machinery.files import BAR, load_checkpoint, save_checkpoint, save_j
 from common.machinery.foreign import one_line
 from common.machinery.options import DATASETS, cli, print_no_more
 from common.machinery.ranks import (
-    average_gradients,
-    masks_of_this_rank,
-    rank_and_world,
-    share_of,
-    sum_over_ranks,
+    average_gradients, masks_of_this_rank, rank_and_world, share_of, sum_over_ranks,
 )
 
 METRICS = ("fid", "kid", "fid_unseen", "fd", "inception_score", "precision", "recall")
