@@ -11,11 +11,11 @@ Loss (RCFD/diffusion.py:198-258):
     L = KL( softmax(f(x~) / tau) || softmax(f(D_student)) )
         + beta (gamma L_ent + (1 - gamma) L_div)
 x~ is the x0 for which *one* DDIM step ends where two steps of the teacher do (PD, Alg. 2);
-D_student is the student's estimate of x0 at the same noisy image. f are the last features
-of a frozen classifier, p its class probabilities. A tau < 1 sharpens the features of the
-teacher only (official). L_ent is the mean entropy of p: every image should be of one
-class. L_div is the negative entropy of the mean of p over the batch: all classes should
-occur. There is no pixel term and no weight w(sigma).
+D_student is the student's estimate of x0 at the same noisy image, drawn as in PD. f are
+the last features of a frozen classifier, p its class probabilities. A tau < 1 sharpens the
+features of the teacher only (official). L_ent is the mean entropy of p: every image should
+be of one class. L_div is the negative entropy of the mean of p over the batch: all classes
+should occur. There is no pixel term and no weight w(sigma).
 
 Differences from the paper's code (github.com/zju-SWJ/RCFD, commit 14b9a3a):
  1. The classifier sees images normalized as in its training (theirs: always [-1, 1]).

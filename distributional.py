@@ -11,7 +11,8 @@ denoiser that is trained, disc_k(x) the logits of the discriminator's head k:
     L_G = sum_k E softplus(-disc_k(G(z)))
     L_D = sum_k E softplus(-disc_k(x0)) + E softplus(disc_k(G(z)))
     R1  = gamma/2 E |d/dx0 sum_k disc_k(x0)|^2, at every 16th step, with 16 times the weight
-The heads see maps of frozen networks, mixed at random (Projected GAN, arXiv:2111.01007).
+Trained are F, or a part of it, and the heads. These see the feature maps of frozen networks,
+mixed at random (Projected GAN, arXiv:2111.01007).
 
 Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):
  1. L_G and L_D are sums over the heads of means over images (theirs: in effect sums over a

@@ -14,7 +14,8 @@ Heun's method on a fine grid, to which RMSE is measured (the row "teacher").
 Loss, minimised in closed form at each evaluation i, from the corrected state before it:
   lambda_i = argmin |X_i - x_i - lambda delta_i|^2 = <delta_i, X_i - x_i> / <delta_i, delta_i>
 x_i: the plain solver's state after the step; X_i: the fine solver's, at the same level of
-noise; delta_i: what lambda = 1 adds to x_i; <,>: the sum over all pixels of all images
+noise; delta_i: what lambda = 1 adds to x_i; <,>: the sum over all pixels of all images. Both
+solvers start from the same images of pure noise, --fit-n of them, which are all that is drawn
 (edm/distilled_sampler.py:4-13, 60-79; dpm_solver/functions/denoising.py:21-30, 191-197).
 
 Differences from the paper and its code (D-ODE-Solvers, commit 6dc5a1c):

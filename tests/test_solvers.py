@@ -630,13 +630,8 @@ def test_dpm2_is_diffusers(double):
 def test_dpmpp_is_diffusers(double, order, flow, sigmas):
     """In VP variables, and in rectified flow's: DPM-Solver++ is the same in both."""
     scheduler = double(
-        "DPMSolverMultistepScheduler",
-        algorithm_type="dpmsolver++",
-        solver_type="midpoint",
-        solver_order=order,
-        prediction_type="sample",
-        lower_order_final=True,
-        use_flow_sigmas=flow,
+        "DPMSolverMultistepScheduler", algorithm_type="dpmsolver++", solver_type="midpoint",
+        solver_order=order, prediction_type="sample", lower_order_final=True, use_flow_sigmas=flow,
     )
     scheduler.sigmas = sigmas / (1 + sigmas) if flow else sigmas  # their 'sigma' of a flow is its t
     scale = 1 / (1 + sigmas) if flow else (1 + sigmas**2).rsqrt()
@@ -651,11 +646,8 @@ def test_unipc_is_diffusers(double, order, variant, sigmas):
     if variant == "bh1" and sigmas[-1] == 0:
         sigmas = torch.cat([GRID[:-1], tensor(1e-9)])  # at 0 theirs multiplies B(h) = -inf by 0
     scheduler = double(
-        "UniPCMultistepScheduler",
-        solver_order=order,
-        solver_type=variant,
-        prediction_type="sample",
-        predict_x0=True,
+        "UniPCMultistepScheduler", solver_order=order, solver_type=variant,
+        prediction_type="sample", predict_x0=True,
     )
     scheduler.sigmas, scale = sigmas, (1 + sigmas**2).rsqrt()
     z = drive(scheduler, lambda z, i: MIXTURE(z / scale[i], sigmas[i]), START * scale[0], N)
@@ -666,10 +658,7 @@ def test_unipc_is_diffusers(double, order, variant, sigmas):
 def test_ddim_is_diffusers(double, sigmas):
     """DDIM in VP variables with eps-prediction is Euler in sigma."""
     scheduler = double(
-        "DDIMScheduler",
-        num_train_timesteps=N,
-        clip_sample=False,
-        prediction_type="epsilon",
+        "DDIMScheduler", num_train_timesteps=N, clip_sample=False, prediction_type="epsilon",
         timestep_spacing="leading",
     )
     scheduler.set_timesteps(N)  # N - 1, ..., 0
