@@ -15,9 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.datasets import ASSETS, Stream, evenly, fingerprint, load_dataset, to_float
-from common.machinery.files import (
-    BAR, cache_dir, load_weights, locked, pretrained, save_weights,
-)
+from common.machinery.files import BAR, cache_dir, load_weights, locked, pretrained, save_weights
 from common.machinery.options import DATASETS, MOST_SEED, cli, option, parse_config
 from common.machinery.run import pick_device
 
@@ -329,9 +327,7 @@ def make_distance(config, device):
 class Config:
     dataset: str = option("digits", "data set to classify", choices=DATASETS)
     data_dir: str | None = option(None, "where the data lies")
-    seed: int = option(
-        0, "seed of initialisation, order of the images, shifts", high=MOST_SEED
-    )
+    seed: int = option(0, "of initialisation, order of the images, shifts", high=MOST_SEED)
     device: str = option("auto", "auto, cpu or cuda")
     out: str | None = option(None, "write it here, not into the cache")
 

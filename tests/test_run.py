@@ -275,6 +275,17 @@ def test_a_new_run_does_not_replace_one_that_was_stopped_half_way(tmp_path):
     assert train(tmp_path)[0] == 0
 
 
+def test_a_new_run_does_not_replace_a_finished_one_of_other_options(tmp_path):
+    train(tmp_path)
+    (tmp_path / "metrics.json").touch()
+    for options in ({"seed": 1}, {"smoke": True}):
+        pattern = "--out .*: the finished run of method there has other options; give another --out"
+        with pytest.raises(UsageError, match=pattern) as error:
+            train(tmp_path, **options)
+        one_line(error)
+    assert (tmp_path / "metrics.json").exists() and train(tmp_path)[0] == 0  # of its own: again
+
+
 def train(
     out,
     interrupt=None,

@@ -1,9 +1,9 @@
 """Files that are written whole or not at all, locks, the cache, checkpoints, downloads."""
 import contextlib
 import hashlib
-import http.client
 import json
 import os
+import shutil
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from common import UsageError
 from common.machinery.claims import check_weights
-from common.machinery.foreign import Refused, file_size, one_line, read_file
+from common.machinery.foreign import Refused, file_size, one_line, read_file, refusing
 
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of zips: others may ask for gigabytes
-MOST_WEIGHTS = 2**34  # bytes of a network
 MOST_JSON = 2**22  # bytes of a schedule.json or lambdas.json, which have thousands
 PATIENCE = 5  # seconds before it is said that one waits for a lock
 BAR = {"dynamic_ncols": True, "mininterval": 0.5}  # of every progress bar
@@ -71,20 +70,17 @@ def atomic_write(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save raises RuntimeError
-            raise
-        cause = error  # behind an error of torch.save stands what the operating system said
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+        cause = error  # behind it stands what the operating system said
         while cause.__context__ and not isinstance(cause, OSError):
             cause = cause.__context__
-        why = str(error).splitlines()[0]
-        if isinstance(cause, OSError) and cause.strerror:
-            why = cause.strerror
+        why = getattr(cause, "strerror", None) or one_line(error)
         raise UsageError(
             f"cannot write {path} ({why}); what was saved there before is kept"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def save_json(path, value):
@@ -97,26 +93,22 @@ def save_checkpoint(path, kind, state):
     atomic_write(path, lambda file: torch.save({"fewstep": kind, **state}, file))
 
 
-def load_checkpoint(path, method=None):
+def load_checkpoint(path):
     """Read a run's own checkpoint.pt; nothing in it is executed. Not for files of strangers.
 
-    Raises UsageError when it is missing, cut short, or of another kind than `method`.
+    Raises UsageError when it is missing, cut short or something else.
     """
     try:
-        file_size(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = str(state["fewstep"])
+        state["fewstep"]
+        return state
     except FileNotFoundError:
         raise UsageError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises anything; its advice is not passed on
-        reason = one_line(error) if isinstance(error, Refused) else type(error).__name__
         raise UsageError(
-            f"{path}: not a checkpoint of this project, or cut short ({reason}); to start anew, "
-            "delete it"
+            f"{path}: not a checkpoint of this project, or cut short ({type(error).__name__}); to "
+            "start anew, delete it"
         ) from None
-    if method not in (None, found):
-        raise UsageError(f"{path}: a checkpoint of {one_line(found)}, not of {method}")
-    return state
 
 
 def save_weights(path, kind, weights, **about):
@@ -134,18 +126,15 @@ def load_weights(path, kind):
 
     Raises UsageError when it is missing, damaged, not ours, or of another kind.
     """
-    try:
-        data = read_file(path, MOST_WEIGHTS, rb".{8}\{")
-        weights = safetensors.torch.load(data)  # checks sizes against the file
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-        about = json.loads(metadata.get("fewstep", "{}"))
-        if about.get("kind") != kind:
-            raise Refused(f"it holds a {about.get('kind')}, not a {kind}")
+    with refusing(f"{path}: not a {kind} in safetensors"):
+        file_size(path)
+        with safetensors.safe_open(path, "pt") as file:  # checks sizes against the file
+            about = json.loads((file.metadata() or {}).get("fewstep", "{}"))
+            if about.get("kind") != kind:
+                raise Refused(f"it holds a {about.get('kind')}, not a {kind}")
+            weights = {name: file.get_tensor(name) for name in file.keys()}
         check_weights(weights)
-    except Exception as error:  # a foreign or damaged file raises anything
-        raise UsageError(f"{path}: not a {kind} in safetensors ({one_line(error)})") from None
-    return about, weights
+        return about, weights
 
 
 def download(url, path, what):
@@ -155,25 +144,18 @@ def download(url, path, what):
     """
     path = Path(path)
 
-    def chunks():
-        try:
+    def fetch(file):
+        hint = f"; fetch it by hand and put it at {path}"
+        with refusing(f"{what}: could not download {url}", hint):
             with urllib.request.urlopen(url, timeout=30) as response:
                 size = int(response.headers.get("Content-Length") or 0)
-                bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, **BAR)
-                with bar:
-                    while chunk := response.read(2**20):
-                        yield chunk
-                        bar.update(len(chunk))
-                    if bar.n < size:
-                        raise ValueError(f"only {bar.n} of {size} bytes came")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UsageError(
-                f"{what}: could not download {url} ({error}); "
-                f"fetch it by hand and put it at {path}"
-            ) from None
+                with tqdm.wrapattr(response, "read", size, desc=path.name, **BAR) as body:
+                    shutil.copyfileobj(body, file)
+            if file.tell() < size:
+                raise Refused(f"only {file.tell()} of {size} bytes came")
 
     if not path.exists():
-        atomic_write(path, lambda file: file.writelines(chunks()))
+        atomic_write(path, fetch)
     return path
 
 
@@ -185,14 +167,11 @@ def weights_digest(net):
 
 def read_json(path, option, what):
     """The dict in a JSON file of the user's. Raises UsageError that names the option."""
-    try:
+    with refusing(f"--{option} {path}: not {what}"):
         value = json.loads(read_file(path, MOST_JSON))
-        if isinstance(value, dict):
-            return value
-        reason = f"holds a {type(value).__name__}"
-    except (ValueError, RecursionError) as error:  # not JSON, not text
-        reason = one_line(error)
-    raise UsageError(f"--{option} {path}: not {what} ({reason})")
+        if not isinstance(value, dict):
+            raise Refused(f"holds a {type(value).__name__}")
+        return value
 
 
 def read_npz(path, names, most):
@@ -203,42 +182,31 @@ def read_npz(path, names, most):
     file_size(path)
     with np.load(path, allow_pickle=False) as file:
         entries = [file.zip.getinfo(f"{name}.npy") for name in names]
-        if any(entry.compress_type not in PACKINGS for entry in entries):
-            raise Refused("an unknown compression")
-        if sum(entry.file_size for entry in entries) > most:
-            raise Refused(f"more than {most:,} bytes of numbers")
+        known = all(entry.compress_type in PACKINGS for entry in entries)
+        if not known or sum(entry.file_size for entry in entries) > most:
+            raise Refused(f"an unknown compression, or more than {most:,} bytes of numbers")
         arrays = [file[name] for name in names]
-    for name, array in zip(names, arrays):
-        if array.dtype.kind not in "biuf":
-            raise Refused(f"`{name}` is {array.dtype}: no numbers")
+    if any(array.dtype.kind not in "biuf" for array in arrays):
+        raise Refused("no numbers")
     return arrays
 
 
 def read_numbers(path, option, what, names):
     """The lists of numbers under `names` in a JSON file of the user's, as float64 tensors."""
     saved = read_json(path, option, what)
-    try:
+    with refusing(f"--{option} {path}: not {what}"):
         tensors = [torch.tensor(saved[name], dtype=torch.float64) for name in names]
-    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UsageError(f"--{option} {path}: not {what} ({reason})") from None
-    for name, tensor in zip(names, tensors):
-        if tensor.ndim != 1 or not len(tensor):
-            raise UsageError(f"--{option} {path}: `{name}` is not a list of numbers")
-        if not tensor.isfinite().all():
-            raise UsageError(f"--{option} {path}: `{name}` has values that are not finite")
-    return tensors
+        for name, tensor in zip(names, tensors):
+            if tensor.ndim != 1 or not len(tensor):
+                raise Refused(f"`{name}` is not a list of numbers")
+            if not tensor.isfinite().all():
+                raise Refused(f"`{name}` has values that are not finite")
+        return tensors
 
 
 def pretrained(load, option, instead):
     """load(), which imports a package or downloads weights; one line where that fails."""
-    try:
+    place = f"{torch.hub.get_dir()}/checkpoints"
+    hint = f"; install it, put its weights into {place} by hand, or {instead}"
+    with refusing(f"--{option}: cannot be loaded", hint):
         return load()
-    except ImportError as error:
-        raise UsageError(f"--{option}: {error}; or {instead}") from None
-    except (OSError, RuntimeError) as error:
-        place = f"{torch.hub.get_dir()}/checkpoints"
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"--{option}: {reason}; put its weights into {place} by hand, or {instead}"
-        ) from None

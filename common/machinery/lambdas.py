@@ -4,7 +4,7 @@ from itertools import product
 import torch
 
 from common.machinery.files import read_json
-from common.machinery.foreign import one_line
+from common.machinery.foreign import one_line, refusing
 from common.machinery.options import require
 
 MOST = 1e9  # of |lambda|: fitted ones reach thousands, in Heun's solver
@@ -20,32 +20,28 @@ def read_lambdas(config, grid_of):
         grid = ", ".join(f"{sigma:.6g}" for sigma in sigmas)
         return f"--output {output}, {usable} of {count} lambdas usable, grid {grid}"
 
-    def refuse_unless(condition, message):
-        require(condition, "lambdas", config.lambdas, one_line(message, most=1000))
-
     what, has, entries = "a lambdas.json of dode.py", {}, {}
     file = read_json(config.lambdas, "lambdas", what)
-    try:
+    with refusing(f"--lambdas {config.lambdas}: not {what}"):
         for entry in file["solvers"]:
             job = entry["solver"], entry["nfe"]
-            sigmas, lambdas = [
+            sigmas, lambdas = (
                 torch.tensor(entry[key], dtype=torch.float64) for key in ("sigmas", "lambdas")
-            ]
+            )
             usable = int((lambdas.abs() <= MOST).sum())  # NaN is not
             has[job] = about(file["output"], sigmas.tolist(), usable, len(lambdas))
             fit = {k: float(entry[k]) for k in ("fit_evaluations", "fit_seconds") if k in entry}
             kind = one_line(entry.get("grid", file.get("grid")))
             entries[job] = {"grid": kind, "lambdas": lambdas.tolist(), **fit}
-    except Exception as error:  # whatever the file holds
-        refuse_unless(False, f"not {what} ({type(error).__name__}: {error})")
     chosen, found = {}, [f"{solver} at {nfe}" for solver, nfe in has]
     for nfe, solver in product(config.nfe, config.solver):
-        about_job = f"--solver {solver} --nfe {nfe}"
-        refuse_unless((solver, nfe) in has, f"has {found}; {about_job} is needed")
+        job = f"--solver {solver} --nfe {nfe}"
+        message = one_line(f"has {found}; {job} is needed", most=1000)
+        require((solver, nfe) in has, "lambdas", config.lambdas, message)
         entry = entries[solver, nfe]
         sigmas = grid_of(solver, nfe, entry["grid"]).tolist()
         needs = about(config.output, sigmas, nfe, nfe)
-        message = f"has {has[solver, nfe]}; {about_job} needs {needs}"
-        refuse_unless(has[solver, nfe] == needs, message)
+        message = one_line(f"has {has[solver, nfe]}; {job} needs {needs}", most=1000)
+        require(has[solver, nfe] == needs, "lambdas", config.lambdas, message)
         chosen[solver, nfe] = {"solver": solver, "nfe": nfe, "sigmas": sigmas, **entry}
     return chosen

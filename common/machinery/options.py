@@ -6,15 +6,15 @@ import operator
 import os
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from common import UsageError
 from common.machinery.diffusers_teachers import is_diffusers, sigma_range
-from common.machinery.folders import find_source
+from common.machinery.folders import Folder
 from common.machinery.foreign import one_line
-from common.machinery.large_data import count, stamp
 from common.machinery.ranks import leave_group
 
 EDM_RANGE = (0.002, 80.0)  # sigma_min, sigma_max
@@ -85,36 +85,21 @@ class Options:
         "data set: decides teacher and presets, a folder also by its size and the machine",
         choices=DATASETS,
     )
-    data_dir: str | None = option(
-        None, "where the data lies (default: the cache; required for folder, imagenet64)"
-    )
-    seed: int = option(
-        0, "seed of all that is drawn in training; evaluation has its own seeds 0, 1, 2, ...",
-        high=MOST_SEED,
-    )
-    out: str | None = option(
-        None, "folder of the run (default: runs/METHOD-DATASET; folder: its name)"
-    )
+    data_dir: str | None = option(None, "where the data lies (default: the cache)")
+    seed: int = option(0, "of the training; images have seeds 0, 1, 2, ...", high=MOST_SEED)
+    out: str | None = option(None, "folder of the run (default: runs/METHOD-DATASET)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1")
     resume: bool = option(False, "go on from the checkpoint in --out")
     smoke: bool = option(False, "try the whole path in seconds; its numbers mean nothing")
     eval_n: int | None = option(None, "images for RMSE and FID, of seeds 0, 1, 2, ...", low=2)
     eval_batch: int | None = option(None, "images per batch while sampling", low=1)
-    inception: str | None = option(
-        None,
-        "FID weights of Inception (default: the cache, else a download, else the data set's "
-        "own classifier)",
-    )
+    inception: str | None = option(None, "FID weights of Inception (default: the cache's)")
     reference: str | None = option(
-        None,
-        "moments to compare with: an .npz like EDM's, or `train`: of the training images "
-        "(default: EDM's with Inception on cifar10 or imagenet64, else `train`)",
+        None, "moments as an .npz, or `train`: of the training images (default: EDM's, else train)"
     )
     recall: bool = option(False, "also precision and recall: keeps the features of all images")
     fd: bool = option(False, "also fd: distance in ImageNet features of EfficientNet-Lite0")
-    save_images: int | None = option(
-        None, "write so many images of each row as PNG, of seeds 0, 1, 2, ...", low=1
-    )
+    save_images: int | None = option(None, "write so many images of each row as PNG", low=1)
 
     @property
     def classifier_steps(self):
@@ -175,9 +160,8 @@ def preset_name(config, presets):
     name = config.dataset
     if name == "folder" and "folder-gpu" in presets and config.data_dir:
         gpu = config.device.startswith("cuda")
-        path = find_source(name, config.data_dir)
         if gpu or config.device == "auto" and torch.cuda.is_available():
-            if count(path, stamp(path)) >= MANY_IMAGES:
+            if len(Folder(config.data_dir).names) >= MANY_IMAGES:
                 return "folder-gpu"
     return name
 
@@ -199,36 +183,36 @@ def complete(config, presets, smoke):
     for name, value in zip(("sigma_min", "sigma_max"), known):
         if getattr(config, name, value) is None:
             setattr(config, name, value)
+    if getattr(config, "recall", False) and config.eval_n is not None:
+        # every image needs three neighbours
+        require(config.eval_n >= 4, "eval_n", config.eval_n, "--recall needs at least 4")
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value is not None:
-            if field.name == "eval_n" and config.recall:  # every image needs three neighbours
-                require(value >= 4, "eval_n", value, "--recall needs at least 4")
-            if _takes_several(hints[field.name]):
-                value = (value,) if isinstance(value, (int, float, str)) else tuple(value)
-                if "repeats" not in field.metadata:
-                    value = tuple(dict.fromkeys(value))
-                setattr(config, field.name, value)
-            for part in value if isinstance(value, tuple) else (value,):
-                _check(field, part)
+        if value is not None and _kind(hints[field.name])[1]:
+            value = (value,) if isinstance(value, (int, float, str)) else tuple(value)
+            value = value if "repeats" in field.metadata else tuple(dict.fromkeys(value))
+            setattr(config, field.name, value)
+        _check(field, value)
     if hasattr(config, "sigma_min"):
         message = f"must be below --sigma-max {config.sigma_max}"
         require(config.sigma_min < config.sigma_max, "sigma_min", config.sigma_min, message)
 
 
 def _check(field, value):
+    """UsageError unless a value, or each of several, is in its field's range."""
     meta = field.metadata
-    if "choices" in meta:
-        names = ", ".join(map(str, meta["choices"]))
-        require(value in meta["choices"], field.name, value, f"choose one of {names}")
-    if type(value) in (int, float):
-        limits = {"low": 0} if not {"low", "above"} & meta.keys() else {}
-        limits |= {"high": 2**40} if not {"high", "below"} & meta.keys() else {}
-        for key, limit in {**meta, **limits}.items():
-            if key in BOUNDS:
-                words, holds = BOUNDS[key]
-                require(holds(value, limit), field.name, value, f"must be {words} {limit}")
+    for part in value if isinstance(value, (tuple, list)) else (value,):
+        if part is not None and "choices" in meta:
+            names = ", ".join(map(str, meta["choices"]))
+            require(part in meta["choices"], field.name, part, f"choose one of {names}")
+        if type(part) in (int, float):
+            limits = {} if {"low", "above"} & meta.keys() else {"low": 0}
+            limits |= {} if {"high", "below"} & meta.keys() else {"high": 2**40}
+            for key, limit in {**meta, **limits}.items():
+                if key in BOUNDS:
+                    words, holds = BOUNDS[key]
+                    require(holds(part, limit), field.name, part, f"must be {words} {limit}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -236,14 +220,13 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def _takes_several(annotation):
-    return tuple in map(typing.get_origin, (annotation, *typing.get_args(annotation)))
-
-
-def _type_of_one(annotation):
-    """The type of one value behind `int`, `int | None`, `tuple[int, ...]`, ..."""
+def _kind(annotation):
+    """`int | None` -> int, False; `tuple[int, ...] | None` -> int, True: there may be several."""
     parts = [a for a in typing.get_args(annotation) if a not in (type(None), Ellipsis)]
-    return _type_of_one(parts[0]) if parts else annotation
+    if not parts:
+        return annotation, False
+    kind, several = _kind(parts[0])
+    return kind, several or typing.get_origin(annotation) is tuple
 
 
 def _argument(field, annotation, presets):
@@ -255,59 +238,35 @@ def _argument(field, annotation, presets):
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{text} (default: {shown})"
     argument = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-    if _type_of_one(annotation) is bool:
+    kind, several = _kind(annotation)
+    if kind is bool:
         plain = field.default is False
-        argument["action"] = "store_true" if plain else argparse.BooleanOptionalAction
-        return argument
+        return argument | {"action": "store_true" if plain else argparse.BooleanOptionalAction}
     choices = field.metadata.get("choices")
-    kind = _type_of_one(annotation)
-    argument.update(type=kind, choices=choices)
     letter = {int: "N", float: "X"}.get(kind, field.name.upper())
-    argument["metavar"] = None if choices else letter
-    if _takes_several(annotation):
-        argument["nargs"] = "+"
-    return argument
-
-
-def _table(presets):
-    """The presets, a column each."""
-    names = dict.fromkeys(name for preset in presets.values() for name in preset)
-    lines = [["", *presets]]
-    for name in names:
-        values = [preset.get(name, "-") for preset in presets.values()]
-        cells = [" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
-        lines.append(["--" + name.replace("_", "-"), *cells])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [[cell.ljust(w) for cell, w in zip(line, widths)] for line in lines]
-    return "\n".join("  " + "  ".join(line).rstrip() for line in padded)
+    argument |= {"type": kind, "choices": choices, "metavar": None if choices else letter}
+    return argument | ({"nargs": "+"} if several else {})
 
 
 def parse_config(config_class, presets, description, argv=None):
     """Command line -> `config_class(**flags)`.
 
-    --help: idea, everyday options, commands. --help-all: everything, presets as a table.
+    --help: idea, everyday options, commands. --help-all: all options, the whole description.
     """
-    argv, description = sys.argv[1:] if argv is None else argv, description or ""  # none with -OO
-    everything = "--help-all" in argv
-    if everything:
-        about, epilog = description, presets and (
-            "presets (a flag given on the command line wins; folder-gpu: --dataset folder on a "
-            f"GPU with at least\n{MANY_IMAGES:,} images):\n{_table(presets)}"
-        )
-    else:
-        paragraphs = description.strip().split("\n\n")
-        about = "\n\n".join(paragraphs[:1] + [p for p in paragraphs if p.startswith("Idea")][:1])
-        commands = [line for line in description.splitlines() if line.startswith("    python ")]
-        epilog = "\n".join(commands)
+    argv, about = sys.argv[1:] if argv is None else argv, description or ""  # none with -OO
+    everything, epilog = "--help-all" in argv, "by data set: PRESETS in the file says what"
+    if not everything:
+        epilog = "\n".join(line for line in about.splitlines() if line.startswith("    python "))
+        first, *others = about.strip().split("\n\n")
+        about = "\n\n".join([first, *(p for p in others if p.startswith("Idea"))])
     parser = _Parser(
         usage=argparse.SUPPRESS,
         description=about,
-        epilog=epilog or None,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=26, width=100
+        epilog=epilog,
+        formatter_class=partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=26, width=100
         ),
         allow_abbrev=False,
-        add_help=False,
     )
     hints = typing.get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
@@ -316,10 +275,8 @@ def parse_config(config_class, presets, description, argv=None):
         if not everything and name not in EVERYDAY:
             argument["help"] = argparse.SUPPRESS
         parser.add_argument("--" + name.replace("_", "-"), **argument)
-    parser.add_argument("--help", "-h", action="help", help="the options one needs first")
-    parser.add_argument("--help-all", action="help", help="all options, and presets")
+    parser.add_argument("--help-all", action="help", help="all options")
     flags = vars(parser.parse_args(argv))
     for name, value in flags.items():
-        for part in value if isinstance(value, list) else (value,):
-            _check(fields[name], part)
+        _check(fields[name], value)
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})

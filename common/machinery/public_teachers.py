@@ -6,7 +6,7 @@ from pathlib import Path
 from common import UsageError
 from common.machinery.edm_pickle import MOST_BYTES, NAMES, PUBLIC, READER, read_edm_pickle
 from common.machinery.files import cache_dir, download, locked, save_json, save_weights
-from common.machinery.foreign import Refused, read_file
+from common.machinery.foreign import read_file, refusing
 
 
 def is_public(spec):
@@ -28,10 +28,8 @@ def convert_public(spec, check):
         fresh = url and not path.exists()
         if url:
             download(url, path, f"--teacher {spec}")
-        try:
-            data = read_file(path, MOST_BYTES, rb"\x80")
-        except Refused as error:
-            raise UsageError(f"--teacher {path}: {error}") from None
+        with refusing(f"--teacher {path}: not a readable EDM checkpoint"):
+            data = read_file(path, MOST_BYTES, b"\x80")
         found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         if fresh:
             save_json(record, found)

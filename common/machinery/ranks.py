@@ -50,14 +50,9 @@ def gather_rows(rows):
     """All ranks' rows (n_r, ...), in the order of the ranks. The n_r may differ."""
     if rank_and_world()[1] == 1:
         return rows
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.zeros_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
-    padded = rows.new_zeros(int(max(counts)), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(parts, counts)])
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows.cpu())
+    return torch.cat(parts).to(rows.device)
 
 
 def gather_with_gradient(rows):
@@ -69,7 +64,8 @@ def gather_with_gradient(rows):
     rank, world = rank_and_world()
     if world == 1:
         return rows
-    parts = list(gather_rows(rows.detach()).split(len(rows)))
+    parts = [torch.empty_like(rows) for _ in range(world)]
+    dist.all_gather(parts, rows.detach().contiguous())
     parts[rank] = rows + (world - 1) * (rows - rows.detach())
     return torch.cat(parts)
 

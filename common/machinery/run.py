@@ -381,12 +381,19 @@ class Run:
         return state
 
     def _nothing_is_lost(self):
-        """UsageError if --out holds a run that was stopped half way: a new one would replace it."""
+        """UsageError if --out holds what a new run would replace: one that was stopped half way, or
+        a finished one of other options."""
         try:
             state = load_checkpoint(self.out / "checkpoint.pt")
         except UsageError:  # nothing there, or nothing of ours
             return
-        if state.get("half_way") and not (self.out / "metrics.json").exists():
+        finished, saved = (self.out / "metrics.json").exists(), state.get("config")
+        if finished and saved != self._options() and not saved.get("smoke"):
+            raise UsageError(
+                f"--out {self.out}: the finished run of {state['fewstep']} there has other "
+                "options; give another --out, or delete it"
+            )
+        if state.get("half_way") and not finished:
             raise UsageError(
                 f"--out {self.out}: a run of {state['fewstep']} was stopped here after step "
                 f"{state['step']}; go on with --resume, give another --out, or delete it"
