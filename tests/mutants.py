@@ -277,7 +277,6 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
     ("common/machinery/edm_pickle.py", "test_foreign_pickles"): [
         ("if id(module) in seen:", "if False:"),
         ("0 <= n < 2**40 for n in numbers", "-(2**40) < n < 2**40 for n in numbers"),
-        ('if prefix.count(".") > 30:', "if False:"),
         ("if len(seen) > 2 * MOST_WEIGHTS:", "if False:"),
         ("    check_weights(weights)\n", ""),
         ('system.get("little_endian") is not True', "False"),

@@ -181,6 +181,10 @@ LOOP = (  # a module whose child is itself
     + text("_parameters") + b"}s" + text("_buffers") + b"}s" + text("_modules")
     + b"}" + text("again") + b"j\x00\x00\x10\x00ssb"
 )
+INSIDE = (  # of a module's opcodes what stands before its only child; behind it: ssb
+    b"ctorch.nn.modules.container\nModuleDict\n)\x81}" + text("_parameters") + b"}s"
+    + text("_buffers") + b"}s" + text("_modules") + b"}" + text("a")
+)
 MANY = b"]" * 500_000
 
 TABLE = {  # the cases of issue 13: how the file is made, what its refusal says
@@ -238,8 +242,8 @@ TABLE = {  # the cases of issue 13: how the file is made, what its refusal says
     ),
     "dropout 7": (lambda: claim("dropout", 7), "dropout is 7"),
     "sigma_data nan": (lambda: sigma_data(float("nan")), "sigma_data"),
-    "a VP baseline": (lambda: baseline("VPPrecond"), "baseline with VPPrecond; those with EDMPre"),
-    "a VE baseline": (lambda: baseline("VEPrecond"), "baseline with VEPrecond; those with EDMPre"),
+    "a VP baseline": (lambda: baseline("VPPrecond"), "a 'VPPrecond'; those with EDMPrecond"),
+    "a VE baseline": (lambda: baseline("VEPrecond"), "a 'VEPrecond'; those with EDMPrecond"),
     "torch's advice": (
         lambda: dump(with_weight(vector_of(pickle.dumps(print, 2)))), "__builtin__.print",
     ),
@@ -309,7 +313,10 @@ MORE = {
     "a module within itself": (
         lambda: planted(LOOP, lambda v: network(v)._modules.update(enc=HERE)),
         "enc.again is a module in more than one place"),
-    "40 modules deep": (lambda: shared_modules(40, 1), "too deep"),
+    "40 modules deep": (lambda: shared_modules(40, 1), "do not fit"),
+    "2,000 modules deep": (
+        lambda: planted(2000 * INSIDE + b"N" + 2000 * b"ssb",
+                        lambda v: network(v)._modules.update(enc=HERE)), "recursion"),
     "12,000 empty weights": (
         lambda: planted(
             b"}(" + b"".join(text(str(i)) + b"N" for i in range(12_000)) + b"u",

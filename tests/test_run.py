@@ -690,7 +690,7 @@ def test_the_command_can_be_pasted(monkeypatch):
 
 def test_a_picture_that_fails_costs_no_numbers(tmp_path, capsys, monkeypatch):
     images = {"teacher": torch.zeros(4, 1, 8, 8, dtype=torch.uint8)}
-    monkeypatch.setattr(plots, "_write", lambda *_: 1 / 0)
+    monkeypatch.setattr(plots.Figure, "savefig", lambda *_, **__: 1 / 0)
     plots.save_rows(tmp_path / "samples.png", images)
     assert "samples.png could not be drawn" in capsys.readouterr().out
     assert (tmp_path / "samples.npz").exists()

@@ -114,10 +114,7 @@ class DiffusersDenoiser(Denoiser):
             found = _read_scheduler(folder).config.prediction_type
             if found != self.prediction:
                 raise UsageError(f"this student's prediction_type is {found}: --teacher takes it")
-            try:
-                self.net.unet.load_state_dict(_read_model(folder).state_dict())
-            except RuntimeError:
-                raise UsageError("the weights of a student of another teacher") from None
+            self.net.unet.load_state_dict(_read_model(folder).state_dict())
 
 
 def our_name(name):
@@ -227,15 +224,11 @@ def _read_model(folder):
         if not good:
             raise UsageError(f"the model {why}; a UNet2DModel by save_pretrained is needed")
     logging = diffusers.utils.logging
-    verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what it would say is in the error
-    try:
-        unet, info = diffusers.UNet2DModel.from_pretrained(
-            str(place), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True,
-            variant=None if (place / WEIGHTS).exists() else "fp16", torch_dtype=torch.float32,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
+    unet, info = diffusers.UNet2DModel.from_pretrained(
+        str(place), use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True,
+        variant=None if (place / WEIGHTS).exists() else "fp16", torch_dtype=torch.float32,
+    )
     keys = [*info["missing_keys"], *info["unexpected_keys"]]
     if keys:
         raise UsageError(f"its weights do not fit its config (missing or unexpected: {keys})")

@@ -38,15 +38,11 @@ def picture(path):
             matplotlib.rcdefaults()
             figure = Figure(dpi=120, layout="constrained")
             yield figure
-            _write(figure, path)
+            how = {"format": "png", "bbox_inches": "tight", "pad_inches": 0.05}
+            if rank_and_world()[0] == 0:
+                atomic_write(path, lambda file: figure.savefig(file, **how))
     except Exception as error:  # of fonts, of a full disk: the numbers are still to be written
         print(f"{path} could not be drawn ({one_line(error)})")
-
-
-def _write(figure, path):
-    if rank_and_world()[0] == 0:
-        how = {"format": "png", "bbox_inches": "tight", "pad_inches": 0.05}
-        atomic_write(path, lambda file: figure.savefig(file, **how))
 
 
 def show(axis, images, rows=1):
