@@ -497,22 +497,19 @@ def check_compiler(device):
 def commit():
     """The commit of this code, "-dirty" where it was changed since; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def peak_memory_mb(device):
     """Most memory that this process has had: of the GPU, else of the machine; None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, kilobytes elsewhere
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 def table(results, columns, references=None):
