@@ -179,7 +179,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("allow_abbrev=False", "allow_abbrev=True"),
         ("require(config.eval_n >= 4, ", "require(config.eval_n >= 2, "),
         ("sys.exit(130)", "sys.exit(1)"),
-        (">= MANY_IMAGES:", "> MANY_IMAGES:"),
+        (">= MANY_IMAGES else", "> MANY_IMAGES else"),
         ('config.device == "auto" and torch.cuda', "torch.cuda"),
     ],
     ("common/machinery/run.py", "test_run"): [

@@ -157,13 +157,11 @@ def require(condition, option_name, value, message):
 
 def preset_name(config, presets):
     """Of a data set's preset. `folder` has two, for a laptop and "folder-gpu" for many images."""
-    name = config.dataset
-    if name == "folder" and "folder-gpu" in presets and config.data_dir:
-        gpu = config.device.startswith("cuda")
-        if gpu or config.device == "auto" and torch.cuda.is_available():
-            if len(Folder(config.data_dir).names) >= MANY_IMAGES:
-                return "folder-gpu"
-    return name
+    auto_gpu = config.device == "auto" and torch.cuda.is_available()
+    if config.dataset == "folder" and "folder-gpu" in presets and config.data_dir:
+        if auto_gpu or config.device.startswith("cuda"):
+            return "folder-gpu" if len(Folder(config.data_dir).names) >= MANY_IMAGES else "folder"
+    return config.dataset
 
 
 def complete(config, presets, smoke):
