@@ -72,20 +72,17 @@ def networks():
     ]
 
 
-HARD = "--objective hard"  # takes less time
-
-
 def on_teacher(nfe, seed):
     """D-ODE, LD3 and, where its times are coupled, D-ODE on its grid."""
     about = f"--nfe {nfe} --seed {seed}"
     name = f"d-ode-nfe{nfe}-seed{seed}"
-    jobs = [Job("d-ode", "logsnr", name, f"dode.py --solver ddim ipndm --grid logsnr {about}")]
+    jobs = [Job("d-ode", "best grid", name, f"dode.py --solver ddim ipndm {about}")]
     for solver in ("ipndm", "euler", "unipc"):
         name = f"ld3-{solver}-nfe{nfe}-seed{seed}"
         if solver == "unipc":  # all as by default
             jobs.append(Job("ld3", "", name, f"ld3.py {about}"))
         else:
-            command = f"ld3.py --solver {solver} {HARD} --times coupled {about}"
+            command = f"ld3.py --solver {solver} --times coupled {about}"
             jobs.append(Job("ld3", "", name, command))
             command = f"dode.py --solver {solver.replace('euler', 'ddim')} {about}"
             command += f" --schedule OUT/{name}/schedule.json"
@@ -115,9 +112,9 @@ def grids_on_networks(nfe):
         if right_nfe == nfe:
             teacher = f"--teacher OUT/{method}/student-{steps}.safetensors"
             about = f"{method} + ld3", f"{steps}-step student", f"{method}{steps}+ld3-nfe{nfe}"
-            jobs.append(Job(*about, f"ld3.py {teacher} --solver euler {HARD} --nfe {nfe}"))
+            jobs.append(Job(*about, f"ld3.py {teacher} --solver euler --nfe {nfe}"))
     if nfe <= 4:
-        command = f"ld3.py --teacher OUT/cud/velocity.safetensors --solver ipndm {HARD} --nfe {nfe}"
+        command = f"ld3.py --teacher OUT/cud/velocity.safetensors --solver ipndm --nfe {nfe}"
         jobs.append(Job("cud + ld3", "", f"cud+ld3-nfe{nfe}", command))
     return jobs
 
