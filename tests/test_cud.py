@@ -19,13 +19,7 @@ import cud
 from common import UsageError, baselines
 from common.baselines import best_untrained, solver_name, untrained_samplers
 from common.datasets import Stream, load_dataset
-from common.diffusion import (
-    GaussianMixture,
-    edm_from_flow,
-    expand,
-    noise_from_seeds,
-    sigma_grid,
-)
+from common.diffusion import GaussianMixture, edm_from_flow, expand, noise_from_seeds, sigma_grid
 from common.fid import make_evaluator, measure
 from common.machinery.run import Run
 from common.solvers import SOLVERS
