@@ -12,10 +12,11 @@ is the teacher solver with many steps, d a distance of images, and r = 0.001 H W
 the radius of a ball around z. The paper's time t is our noise level sigma. The latents z
 are drawn once: some for training, others for validation, others for the evaluation.
 
-Differences from the paper and its official code (github.com/vinhsuhi/LD3, 9e4a66f), whose
-recipe, except for what has no flag, is --start logsnr --distance lpips --objective soft
-    --optimizer rmsprop --steps 175 --theta1-steps 50 --train-n 50 --valid-n 50
-    --batch-size 2 --valid-every 1 --lr1 .005 --lr2 .1
+Differences from the paper and its official code (github.com/vinhsuhi/LD3, commit
+9e4a66f). The official recipe, except for what has no flag:
+    --start logsnr --distance lpips --objective soft --optimizer rmsprop --steps 175
+    --theta1-steps 50 --train-n 50 --valid-n 50 --batch-size 2 --valid-every 1 --lr1 .005
+    --lr2 .1
  1. Start: the hand-made grid that is best on the validation latents (theirs: logsnr; in
     time mode, uniform). If nothing better is found on these, the result is the start.
  2. Small data: the hard objective, d the mean square, Adam with learning rates that fall
@@ -297,8 +298,8 @@ def train(config, run, teacher, distance):
                 better = loss_fn(moved, i) < losses
                 state.latents[i] = torch.where(better.view(-1, 1, 1, 1), moved, latents)
                 state.moved += better.sum()
-            if (step + 1) % in_round == 0:  # the end of a round in which no latent moved
-                if state.moved == 0:
+            if (step + 1) % in_round == 0:  # the end of a round
+                if state.moved == 0:  # in which no latent moved
                     state.lr_latent /= 2
                 state.moved.zero_()
 
