@@ -7,6 +7,7 @@ from common import UsageError
 from common.machinery import run as run_module
 
 EVERYWHERE = [  # (arguments, what the refusal names), of any script
+    (["--dataset", "cats"], ["--dataset", "cats", "digits"]),
     (["--out", "FOREIGN"], ["--out", "foreign.pt"]),
     (["--resume"], ["checkpoint.pt"]),
     (["--device", "cuda:9"], ["--device cuda:9"]),

@@ -886,7 +886,6 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, names",
     [
-        (["--dataset", "cats"], ["--dataset", "cats", "digits"]),
         (["--rk", "45"], ["--rk", "45", "12"]),
         (["--sampler", "rk4/even"], ["--sampler", "rk4", "euler"]),
         (["--sampler", "unipc4/even"], ["--sampler", "unipc4", "unipc3"]),
@@ -894,7 +893,6 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
         (["--head", "2"], ["--head 2", "RK12 has 1"]),
         (["--rk", "23", "--head", "0"], ["--head 0"]),
         (["--nfe", "0"], ["--nfe 0"]),
-        (["--nfe", "four"], ["--nfe", "four"]),
         (["--nfe", "4", "--sampler", "heun/even"], ["--nfe 4", "heun"]),
         (["--nfe", "3", "--sampler", "euler/even", "dpm2/edm"], ["--nfe 3", "dpm2"]),
         (["--tn", "0"], ["--tn 0"]),
@@ -904,8 +902,6 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
         (["--steps", "0"], ["--steps 0"]),
         (["--batch-size", "0"], ["--batch-size 0"]),
         (["--lr", "0"], ["--lr 0"]),
-        (["--kl-weight", "-1"], ["--kl-weight -1"]),
-        (["--distill-steps", "-1"], ["--distill-steps -1"]),
         (["--distill-n", "0"], ["--distill-n 0"]),
         (["--eval-n", "0"], ["--eval-n 0"]),
         (["--model-channels", "7"], ["digits", "odd"]),

@@ -896,11 +896,8 @@ FILES = {
 @pytest.mark.parametrize(
     "arguments, names",
     [
-        (["--dataset", "cats"], ["--dataset", "cats", "digits"]),
         (["--solver", "rk45"], ["--solver", "rk45", "ddim"]),
         (["--nfe", "0"], ["--nfe 0"]),
-        (["--nfe", "5", "-3"], ["--nfe -3"]),
-        (["--nfe", "five"], ["--nfe", "five"]),
         (["--scale", "0"], ["--scale 0"]),
         (["--fit-n", "0"], ["--fit-n 0"]),
         (["--fit-batch", "0"], ["--fit-batch 0"]),
