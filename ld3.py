@@ -42,7 +42,7 @@ Digits, 5 evaluations, three seeds: RMSE to the teacher .082 (cosine grid) -> .0
 import copy
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -340,9 +340,7 @@ def main():
     grids = {kind: (config.grid(kind), None) for kind in GRIDS}
     if config.steps:
         grids["ld3"] = train(config, run, teacher, distance)
-        names = ("solver", "order", "variant", "nfe", "dataset", "teacher")
-        about = {name: getattr(config, name) for name in names}
-        save_schedule(run.out / "schedule.json", *grids["ld3"], **about)
+        save_schedule(run.out / "schedule.json", *grids["ld3"], **asdict(config))
     elif config.schedule:
         grids["ld3"] = config.starts[config.schedule]
 
