@@ -278,7 +278,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("if id(module) in seen:", "if False:"),
         ("0 <= n < 2**40 for n in numbers", "-(2**40) < n < 2**40 for n in numbers"),
         ("if len(seen) > 2 * MOST_WEIGHTS:", "if False:"),
-        ("    check_weights(weights)\n", ""),
+        ("        check_weights(weights)\n", ""),
         ('system.get("little_endian") is not True', "False"),
     ],
     ("common/machinery/public_teachers.py", "test_foreign_pickles"): [("-reader{READER}", "")],

@@ -138,16 +138,6 @@ def _arrays(module, prefix="", found=None, seen=None):
     return found
 
 
-def _weights(ema, most):
-    """{name: tensor} of the network's record, finite. Copies, of at most `most` bytes in all."""
-    arrays = _arrays(ema)
-    if sum(array.nbytes for array in arrays.values()) > most:
-        raise Refused("its weights are larger than the file")
-    weights = {name: torch.from_numpy(array.copy("C")) for name, array in arrays.items()}
-    check_weights(weights)
-    return weights
-
-
 # -------------------------------------------------------------------------------- arguments
 
 
@@ -190,7 +180,11 @@ def read_edm_pickle(data, path):
             raise Refused(f"its network is a {class_name!r}; those with EDMPrecond are read")
         model = typed(state.get("_modules"), dict, "ema._modules").get("model")
         arch, kwargs = _arch_and_kwargs(model)
-        weights = _weights(root["ema"], len(data))
+        arrays = _arrays(root["ema"])
+        if sum(array.nbytes for array in arrays.values()) > len(data):
+            raise Refused("its weights are larger than the file")
+        weights = {name: torch.from_numpy(array.copy("C")) for name, array in arrays.items()}
+        check_weights(weights)
     except Exception as error:  # a foreign or damaged pickle raises anything
         raise UsageError(
             f"--teacher {path}: not a readable EDM checkpoint ({one_line(error)}); "

@@ -78,33 +78,29 @@ def _replace_pool(block, pool):
 def load_inception(path, fetch):
     """Inception with the weights at `path`, or in the cache, downloaded if `fetch`; None without.
 
-    Raises UsageError for a file that is something else.
+    Raises UsageError where `path` is something else.
     """
     cached = cache_dir() / FILE
-    if path is None:
-        if not fetch and not cached.exists():
-            return None
-        try:
+    if path is None and not fetch and not cached.exists():
+        return None
+    try:
+        if path is None:
             with locked(cached):
                 download(URL, cached, "Inception for FID")
-            if hashlib.sha256(cached.read_bytes()).hexdigest()[:8] != "6726825d":
-                raise UsageError(
-                    f"Inception for FID: {cached} is damaged; delete it, or replace it by {URL}"
-                )
-        except UsageError as error:
-            print(f"{error}. Until then FID uses the data set's own classifier.")
-            return None
-    path = path or cached
-    try:
-        data = read_file(path, 2**27)  # the true file has 96 MB
-        weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        net = Inception(weights)
+        data = read_file(path or cached, 2**27)  # the true file has 96 MB
+        if path is None and hashlib.sha256(data).hexdigest()[:8] != "6726825d":
+            raise Refused("it is damaged, delete it")
+        net = Inception(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
         check_weights(net.state_dict())
         return net
     except Exception as error:  # torch.load raises anything, a foreign file may hold anything
-        name = one_line(error) if isinstance(error, Refused) else type(error).__name__
-        message = f"not the weights of FID's Inception ({name}); take those of {URL}"
-        raise UsageError(f"--inception {path}: {message}") from None
+        known = isinstance(error, (Refused, UsageError))
+        why = one_line(error, 500) if known else type(error).__name__
+    message = f"{path or cached}: not the weights of FID's Inception ({why}); take those of {URL}"
+    if path is not None:
+        raise UsageError(f"--inception {message}")
+    print(f"{message}. Until then FID uses the data set's own classifier.")
+    return None
 
 
 def edm_reference(dataset_name):

@@ -445,13 +445,13 @@ class Run:
         """Write metrics.json: rows `results`, what was run, for how long, `more`. Print a table."""
         if self.rank > 0:
             return
-        teacher = getattr(self.config, "teacher", "none")
+        data = self.config.dataset
         save_json(
             self.out / "metrics.json",
             {
                 "method": self.method,
-                "dataset": self.config.dataset,
-                "teacher": teacher or f"{self.config.dataset} (shipped or cached)",
+                "dataset": data,
+                "teacher": getattr(self.config, "teacher", "none") or f"{data} (shipped or cached)",
                 "seed": self.config.seed,
                 "command": command_line(),
                 "commit": commit(),
