@@ -148,35 +148,6 @@ def test_foreign_files_are_refused_and_never_executed(tmp_path):
     assert trap.exists()  # the trap itself works
 
 
-def test_the_users_json_is_read_or_named(tmp_path):
-    (tmp_path / "good.json").write_text('{"a": 1}')
-    assert files.read_json(tmp_path / "good.json", "schedule", "a schedule") == {"a": 1}
-    (tmp_path / "list.json").write_text("[1]")
-    (tmp_path / "text.json").write_text("{a")
-    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
-    for name in ("list.json", "text.json", "bytes.json", "none.json"):
-        with pytest.raises(UsageError, match=f"^--schedule .*{name}: ") as error:
-            files.read_json(tmp_path / name, "schedule", "a schedule")
-        assert "a schedule" in one_line(error)
-
-
-def test_the_users_numbers_are_read_or_named(tmp_path):
-    path = tmp_path / "numbers.json"
-
-    def read(text):
-        path.write_text(text)
-        return files.read_numbers(path, "schedule", "a schedule", ("a", "b"))
-
-    a, b = read('{"a": [3, 1.5], "b": [2], "c": "more"}')
-    assert a.tolist() == [3, 1.5] and b.tolist() == [2] and a.dtype == b.dtype == torch.float64
-    for text in ('{"a": [1]}', '{"a": [1], "b": "x"}', '{"a": [1], "b": [[1], [2, 3]]}'):
-        with pytest.raises(UsageError, match=r"^--schedule .*: not a schedule \(") as error:
-            read(text)
-        one_line(error)
-    with pytest.raises(UsageError, match="`b` has values that are not finite"):
-        read('{"a": [1], "b": [1, NaN]}')
-
-
 # ---------------------------------------------------------------------------------- downloads
 
 URL = "https://example.org/weights.pkl"

@@ -69,14 +69,14 @@ class Source:
 
     def _pixels(self):
         """Yield the pixels (C, H, W) of all images."""
-        place, disable = f"--data-dir {one_line(self.folder.path)}", math.prod(self.shape) < 2**24
-        for name in tqdm(self.names, f"reading {place}", disable=disable, **BAR):
+        place, small = one_line(self.folder.path), math.prod(self.shape) < 2**24
+        for name in tqdm(self.names, f"reading {place}", disable=small, **BAR):
             image = self.folder.read(name)
             if image.shape != self.shape[1:]:
                 raise UsageError(
-                    f"{place}: {one_line(name)} is {image.shape} (channels, height, width), but "
-                    f"{one_line(self.names[0])} is {self.shape[1:]}; all must be the same: resize "
-                    "them, convert grey ones to RGB"
+                    f"--data-dir {place}: {one_line(name)} is {image.shape} (channels, height, "
+                    f"width), but {one_line(self.names[0])} is {self.shape[1:]}; all must be the "
+                    "same: resize them, convert grey ones to RGB"
                 )
             yield np.ascontiguousarray(image)
 
