@@ -8,9 +8,8 @@ The weights together may not take more memory than the file has bytes.
 import numpy as np
 import torch
 
-from common import UsageError
 from common.machinery.claims import check_weights
-from common.machinery.foreign import Refused, one_line
+from common.machinery.foreign import Refused, refusing
 from common.machinery.pickles import PERSISTENT, Machine, Name, Record, call_of
 
 PUBLIC = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
@@ -173,7 +172,8 @@ def read_edm_pickle(data, path):
     Neither sigma_data is checked here nor whether the weights fit the arguments. Raises UsageError,
     in one line, if the file `path` is damaged, of another kind, or wants anything to be executed.
     """
-    try:
+    what = f"--teacher {path}: not a readable EDM checkpoint"
+    with refusing(what, "; nothing in it was run"):
         root = typed(Machine(data, ALLOWED, "EDM checkpoint").load(), dict, "it")
         class_name, state = _object(root.get("ema"), "its 'ema'")
         if class_name != "EDMPrecond":
@@ -185,10 +185,5 @@ def read_edm_pickle(data, path):
             raise Refused("its weights are larger than the file")
         weights = {name: torch.from_numpy(array.copy("C")) for name, array in arrays.items()}
         check_weights(weights)
-    except Exception as error:  # a foreign or damaged pickle raises anything
-        raise UsageError(
-            f"--teacher {path}: not a readable EDM checkpoint ({one_line(error)}); "
-            "nothing in it was run"
-        ) from None
     sigma_data = state.get("sigma_data", 0.5)
     return {"arch": arch, "kwargs": kwargs, "sigma_data": sigma_data, "weights": weights}
