@@ -36,18 +36,14 @@ def cache_dir():
 def locked(path):
     """One process at a time makes the file `path` of the cache; the others wait, then find it."""
     lock = FileLock(f"{path}.lock")
-    try:
+    hint = "; set FEWSTEP_CACHE to another folder"
+    with refusing(f"the cache {path.parent} cannot be written", hint):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout:
             print(f"waiting for another process, which makes {path} (it holds {lock.lock_file})")
             lock.acquire()
-    except OSError as error:
-        raise UsageError(
-            f"the cache {path.parent} cannot be written ({error.strerror}); "
-            "set FEWSTEP_CACHE to another folder"
-        ) from None
     try:
         for part in path.parent.glob(f"{path.name}.*.part"):  # of a process that was killed
             part.unlink(missing_ok=True)

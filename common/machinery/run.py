@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from common import UsageError
 from common.machinery.files import BAR, load_checkpoint, save_checkpoint, save_json
-from common.machinery.foreign import one_line
+from common.machinery.foreign import refusing
 from common.machinery.options import DATASETS, cli, print_no_more
 from common.machinery.ranks import (
     average_gradients, masks_of_this_rank, rank_and_world, share_of, sum_over_ranks,
@@ -67,17 +67,13 @@ def pick_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         why = "" if name == "cuda" else "no CUDA device found, "
-    try:
+    with refusing(f"--device {name}: not available here", "; try --device cpu"):
         device = torch.device(name)
         if device.type == "cuda":
             if device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.empty(1, device=device, dtype=torch.float64)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise UsageError(
-            f"--device {name}: not available here ({one_line(error)}); try --device cpu"
-        ) from None
     if device.type != "cuda":
         processor = platform.processor() or platform.machine()
         return device, f"device {device} ({why}{processor}, {torch.get_num_threads()} threads)"
@@ -165,15 +161,11 @@ class Run:
 
     def _enter(self):
         """Make --out, and keep other processes out of it. Raises UsageError."""
-        try:
+        with refusing(f"--out {self.out}: cannot be written", "; choose another folder"):
             self.out.mkdir(parents=True, exist_ok=True)
             with open(self.out / "log.jsonl", "ab+") as log:  # a line cut short ends here
                 if log.tell() and log.seek(-1, os.SEEK_END) >= 0 and log.read() != b"\n":
                     log.write(b"\n")
-        except OSError as error:
-            raise UsageError(
-                f"--out {self.out}: cannot be written ({error.strerror}); choose another folder"
-            ) from None
         name = hashlib.sha256(str(self.out.resolve()).encode()).hexdigest()[:16]
         path = Path(tempfile.gettempdir()) / f"fewstep-{name}.lock"
         self.lock = FileLock(path, thread_local=False, is_singleton=True)  # held while this lives
@@ -260,14 +252,10 @@ class Run:
         self.parts = parts
         if self.restored:
             saved = self.restored.pop("parts")  # not kept in memory
-            for name, part in parts.items():
-                try:
+            for name, part in parts.items():  # of another version of this project, perhaps
+                what = f"--resume: the {name} in {self.out / 'checkpoint.pt'} does not fit"
+                with refusing(what, "; to start anew, delete it"):
                     part.load_state_dict(saved[name])
-                except Exception as error:  # of another version of this project, perhaps
-                    raise UsageError(
-                        f"--resume: the {name} in {self.out / 'checkpoint.pt'} does not fit "
-                        f"({one_line(error)}); to start anew, delete it"
-                    ) from None
             rng = self.restored["rng"]
             torch.set_rng_state(rng["cpu"])
             if "cuda" in rng and self.device.type == "cuda":
@@ -421,14 +409,11 @@ class Run:
         """Append one line to log.jsonl (rank 0)."""
         if self.rank == 0:
             path = self.out / "log.jsonl"
-            try:
+            line = json.dumps({"seconds": round(self.seconds(), 3), **values})
+            with refusing(f"cannot write {path}", "; the last checkpoint is kept"):
                 with open(path, self.log_mode) as file:
                     self.log_mode = "a"
-                    file.write(json.dumps({"seconds": round(self.seconds(), 3), **values}) + "\n")
-            except OSError as error:
-                raise UsageError(
-                    f"cannot write {path} ({error.strerror}); the last checkpoint is kept"
-                ) from None
+                    file.write(line + "\n")
 
     def logged(self, name):
         """(steps, values) of everything in log.jsonl that has `name` (rank 0)."""
@@ -488,10 +473,8 @@ def command_line():
 
 def check_compiler(device):
     """UsageError unless torch.compile works here: it needs a compiler of C++, on a GPU Triton."""
-    try:
+    with refusing("--compile: not possible here"):  # torch._inductor raises anything
         torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
-    except Exception as error:  # torch._inductor raises anything
-        raise UsageError(f"--compile: not possible here ({one_line(error)})") from None
 
 
 def commit():
