@@ -80,11 +80,7 @@ def option(default, help, **metadata):
 class Options:
     """The options that mean the same in every script."""
 
-    dataset: str = option(
-        "digits",
-        "data set: decides teacher and presets, a folder also by its size and the machine",
-        choices=DATASETS,
-    )
+    dataset: str = option("digits", "data set: decides teacher and presets", choices=DATASETS)
     data_dir: str | None = option(None, "where the data lies (default: the cache)")
     seed: int = option(0, "of the training; images have seeds 0, 1, 2, ...", high=MOST_SEED)
     out: str | None = option(None, "folder of the run (default: runs/METHOD-DATASET)")
@@ -94,9 +90,7 @@ class Options:
     eval_n: int | None = option(None, "images for RMSE and FID, of seeds 0, 1, 2, ...", low=2)
     eval_batch: int | None = option(None, "images per batch while sampling", low=1)
     inception: str | None = option(None, "FID weights of Inception (default: the cache's)")
-    reference: str | None = option(
-        None, "moments as an .npz, or `train`: of the training images (default: EDM's, else train)"
-    )
+    reference: str | None = option(None, "moments: .npz, or `train` (default: EDM's, else train)")
     recall: bool = option(False, "also precision and recall: keeps the features of all images")
     fd: bool = option(False, "also fd: distance in ImageNet features of EfficientNet-Lite0")
     save_images: int | None = option(None, "write so many images of each row as PNG", low=1)
@@ -109,33 +103,23 @@ class Options:
 
 @dataclasses.dataclass
 class TeacherOptions(Options):
-    teacher: str | None = option(
-        None, "checkpoint, EDM .pkl or model of diffusers (default: the data set's own)"
-    )
+    teacher: str | None = option(None, "file, EDM .pkl or diffusers model (default: data set's)")
 
 
 @dataclasses.dataclass
 class SolverOptions(TeacherOptions):
     """Those of a script that learns how to sample from a teacher."""
 
-    sigma_min: float | None = option(
-        None, "lowest noise level (default: EDM's 0.002, or of the teacher's training)", above=0
-    )
-    sigma_max: float | None = option(
-        None, "highest noise level (default: EDM's 80, or of the teacher's training)", above=0
-    )
+    sigma_min: float | None = option(None, "lowest sigma (default: EDM's, or teacher's)", above=0)
+    sigma_max: float | None = option(None, "highest sigma (default: EDM's, or teacher's)", above=0)
 
 
 @dataclasses.dataclass
 class TrainingOptions(Options):
     """Those of a script that trains a network."""
 
-    batch_per_gpu: int | None = option(
-        None, "images of a micro-batch, of which a batch is summed up (default: all)", low=1
-    )
-    checkpoint: bool = option(
-        False, "recompute blocks in the backward pass: less memory, a third more time"
-    )
+    batch_per_gpu: int | None = option(None, "images of a micro-batch (default: all)", low=1)
+    checkpoint: bool = option(False, "recompute blocks backward: less memory, a third more time")
     compile: bool = option(False, "torch.compile the networks")
 
 
@@ -144,8 +128,7 @@ class DistillationOptions(TeacherOptions, TrainingOptions):
     """Those of a script that trains a copy of the teacher."""
 
     sigma_max: float | None = option(
-        None, "highest noise level (default: EDM's 80, or of the teacher's training)",
-        above=1, below=math.inf,
+        None, "highest noise level (default: EDM's, or teacher's)", above=1, below=math.inf
     )
 
 
@@ -252,7 +235,8 @@ def parse_config(config_class, presets, description, argv=None):
     --help: idea, everyday options, commands. --help-all: all options, the whole description.
     """
     argv, about = sys.argv[1:] if argv is None else argv, description or ""  # none with -OO
-    everything, epilog = "--help-all" in argv, "by data set: PRESETS in the file says what"
+    everything = "--help-all" in argv
+    epilog = f"By data set: see PRESETS; folder-gpu: {MANY_IMAGES:,} images and a GPU."
     if not everything:
         epilog = "\n".join(line for line in about.splitlines() if line.startswith("    python "))
         first, *others = about.strip().split("\n\n")
