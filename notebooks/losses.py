@@ -38,7 +38,8 @@ MEANING = {  # method -> quantity in its log -> what it is, and what it should d
     },
     "cud": {
         "loss": "Flow-matching error plus catch-up error of the velocities, summed over heads. The "
-        "first never falls to 0, because one noisy image belongs to many pairs of data and noise.",
+        "first never falls to 0, because one noisy image belongs to many pairs of data and noise; with "
+        "--adaptive-weight, as on digits, its weight falls to 0, and with it the loss.",
     },
     "gdd": {
         "generator": "Softplus of minus the logits of generated images, summed over the "

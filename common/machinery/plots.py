@@ -10,6 +10,7 @@ import numpy as np
 BACKEND = "matplotlib" not in sys.modules and os.environ.pop("MPLBACKEND", None)
 import matplotlib  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import LogFormatter  # noqa: E402
 
 from common.machinery.files import atomic_write  # noqa: E402
 from common.machinery.foreign import one_line  # noqa: E402
@@ -105,6 +106,8 @@ def save_curves(
         else:
             axis.set_xscale("log" if "x" in log else "linear")
             axis.set_yscale("log" if "y" in log else "linear")
+            if "y" in log:  # within a decade: 2, 3, 4 as well
+                axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         points = sorted({x for xs, _ in curves.values() for x in xs})
         if len(points) < 13 and all(isinstance(x, int) for x in points):
             axis.set_xticks(points, map(str, points))  # counts: 1, 2, 4 instead of 10^0, ...
