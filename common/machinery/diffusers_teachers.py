@@ -5,16 +5,15 @@ a pipeline's folder (unet/, scheduler/), the model's with scheduler_config.json 
 repository on the hub. Weights come from safetensors, never from a pickle. diffusers is imported
 in functions alone: who does not use it need not have it.
 """
-import contextlib
 import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from common import UsageError
 from common.diffusion import Denoiser
-from common.machinery.foreign import one_line
+from common.machinery.claims import check_weights
+from common.machinery.foreign import Refused, refusing
 
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -104,16 +103,16 @@ class DiffusersDenoiser(Denoiser):
         from diffusers import DDPMPipeline
 
         folder = Path(path).with_suffix("")
-        with _errors_of(f"cannot write {folder}"):
+        with refusing(f"cannot write {folder}"):
             DDPMPipeline(self.net.unet, self.scheduler).save_pretrained(folder)
 
     def load(self, path):
         """Take the weights of a student of this model that `save` wrote. Raises UsageError."""
         folder = Path(path).with_suffix("")
-        with _errors_of(folder):
+        with refusing(f"{folder}: not a student of this teacher"):
             found = _read_scheduler(folder).config.prediction_type
             if found != self.prediction:
-                raise UsageError(f"this student's prediction_type is {found}: --teacher takes it")
+                raise Refused(f"its prediction_type is {found}: --teacher takes it")
             self.net.unet.load_state_dict(_read_model(folder).state_dict())
 
 
@@ -144,24 +143,16 @@ FILES = [  # what is downloaded of a repository on the hub
 
 def sigma_range(spec):
     """The lowest and the highest noise level of a model's training. Raises UsageError."""
-    with _errors_of(f"--teacher {spec}"):
+    with refusing(f"--teacher {spec}: not a usable model of diffusers"):
         return sigma_table(_read_scheduler(_folder(spec)))[[0, -1]].tolist()
 
 
 def load_diffusers(spec):
     """A folder or a hub name -> DiffusersDenoiser on the CPU. Raises UsageError."""
-    with _errors_of(f"--teacher {spec}"):
+    with refusing(f"--teacher {spec}: not a usable model of diffusers"):
         folder = _folder(spec)
         scheduler = _read_scheduler(folder)
         return DiffusersDenoiser(_read_model(folder), scheduler)
-
-
-@contextlib.contextmanager
-def _errors_of(what):
-    try:
-        yield
-    except Exception as error:  # configs from anywhere: whatever they make of diffusers
-        raise UsageError(f"{what}: {one_line(error, 300)}") from None
 
 
 def _folder(spec):
@@ -170,13 +161,10 @@ def _folder(spec):
         import diffusers  # noqa: F401
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UsageError('this needs diffusers: pip install -e ".[diffusers]"') from None
+        raise Refused('this needs diffusers: pip install -e ".[diffusers]"') from None
     if Path(spec).is_dir():
         return Path(spec)
-    try:
-        return Path(snapshot_download(str(spec), allow_patterns=FILES))
-    except Exception as error:  # no such repository, no network
-        raise UsageError(f"no such folder, and not on the hub ({error})") from None
+    return Path(snapshot_download(str(spec), allow_patterns=FILES))
 
 
 def _read_config(kind, folder, subfolder):
@@ -196,12 +184,12 @@ def _read_scheduler(folder):
     }.items():
         if config.get(name) not in known:
             found = f"{name} is {config.get(name)}"
-            raise UsageError(f"its scheduler's {found}; known are {', '.join(known)}")
+            raise Refused(f"its scheduler's {found}; known are {', '.join(known)}")
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     sigmas = sigma_table(scheduler)
     good = len(sigmas) > 1 and sigmas.isfinite().all() and sigmas[0] > 0
     if not (good and (sigmas.diff() > 0).all()):
-        raise UsageError("its scheduler's noise levels are not finite, above 0 and increasing")
+        raise Refused("its scheduler's noise levels are not finite, above 0 and increasing")
     return scheduler
 
 
@@ -222,7 +210,7 @@ def _read_model(folder):
         (config.get("class_embed_type") is None, "has class_embed_type"),
     ):
         if not good:
-            raise UsageError(f"the model {why}; a UNet2DModel by save_pretrained is needed")
+            raise Refused(f"the model {why}; a UNet2DModel by save_pretrained is needed")
     logging = diffusers.utils.logging
     logging.set_verbosity(logging.CRITICAL)  # what it would say is in the error
     unet, info = diffusers.UNet2DModel.from_pretrained(
@@ -231,7 +219,6 @@ def _read_model(folder):
     )
     keys = [*info["missing_keys"], *info["unexpected_keys"]]
     if keys:
-        raise UsageError(f"its weights do not fit its config (missing or unexpected: {keys})")
-    if not all(p.isfinite().all() for p in unet.parameters()):
-        raise UsageError("its weights are not finite")
+        raise Refused(f"its weights do not fit its config (missing or unexpected: {keys})")
+    check_weights(unet.state_dict())
     return unet
