@@ -35,7 +35,7 @@ from common.teacher import edm_loss, load_student  # noqa: E402
 
 torch.set_num_threads(1)  # small tensors: one thread is enough, and gives the same numbers
 plt.rcParams.update({
-    "font.size": 12, "figure.dpi": 75, "axes.titlesize": 12, "legend.fontsize": 11,
+    "font.size": 12, "figure.dpi": 75, "axes.titlesize": 12, "legend.fontsize": 10,
     "figure.facecolor": "white", "savefig.facecolor": "white", "legend.frameon": False,
 })
 GRAY, BLACK = "0.5", "black"
@@ -372,24 +372,52 @@ def kept_six():
 
 
 def draw_six(found):
-    """The picture of the mechanisms: trajectories above, samples over the data below."""
-    figure, axes = plt.subplots(2, 8, figsize=(15, 4.7), layout="constrained", sharex="row",
-                                sharey="row", height_ratios=(1.25, 1))
+    """The picture of the mechanisms: trajectories, and below them samples over the data."""
+    figure, axes = panels(4, 9, rows=4, sharex="row", sharey="row", height_ratios=(1.25, 1) * 2)
     t_exact, z_exact = found["exact"][2]
-    for column, (name, (nfe, color, (t, z), dots, samples)) in enumerate(found.items()):
-        top, bottom = axes[:, column]
+    for i, (name, (nfe, color, (t, z), dots, samples)) in enumerate(found.items()):
+        above, below = axes[i // 4 * 2 : i // 4 * 2 + 2, i % 4]
         dashed = {"color": "0.6", "linewidth": 0.9} if name != "exact" else {"color": BLACK}
-        top.plot(t_exact, z_exact[..., 0], "--", **dashed)
+        above.plot(t_exact, z_exact[..., 0], "--", **dashed)
         if name != "exact":
-            top.plot(t, z[..., 0], color=color, linewidth=1.4)
-            top.plot(dots[0], dots[1][..., 0], "o", color=color, markersize=4)
-        time_axis(top, "first coordinate of z" if column == 0 else "")
-        top.set_title(f"{name}\n{nfe} evaluation{'s' * (nfe > 1)}", color=color)
-        scatter(bottom, samples, color, f"distance {sliced_distance(samples):.3f}")
+            above.plot(t, z[..., 0], color=color, linewidth=1.4)
+            above.plot(dots[0], dots[1][..., 0], "o", color=color, markersize=4)
+        time_axis(above, "z[0]" if i % 4 == 0 else "")
+        above.set_title(f"{name}\n{nfe} evaluation{'s' * (nfe > 1)}", color=color)
+        scatter(below, samples, color, f"distance {sliced_distance(samples):.3f}")
     return figure
 
 
 # ------------------------------------------------------------------------------------- drawing
+
+def panels(columns=1, height=3.4, rows=1, width=8, **options):
+    """plt.subplots for a notebook: legible at half the width of a page."""
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+
+
+def legend(of, columns=2):
+    """The legend of an axis or, by its last axis, of a figure; above it."""
+    if isinstance(of, plt.Figure):
+        handles = of.axes[-1].get_legend_handles_labels()
+        return of.legend(*handles, ncols=columns, loc="outside upper center")
+    return of.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
+def evaluations(axis, counts=(1, 2, 4, 8), ticks=None, ylabel="FID*, n = 1,024"):
+    """Network evaluations to the right; a logarithmic axis upwards if `ticks` says so."""
+    axis.set(xscale="log", xlabel="network evaluations", ylabel=ylabel)
+    axis.set_xticks(counts, counts)
+    if ticks:
+        axis.set_yscale("log")
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+
+
+def arrows(axis, points, moves, color, **options):
+    """Arrows of their true length, from points (..., 2) by moves (..., 2)."""
+    look = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007, **options}
+    axis.quiver(*points.unbind(-1), *moves.unbind(-1), color=color, **look)
+
 
 def cosine_time(sigma):
     """t of sigma = tan(pi t / 2): 1 is noise, 0 is data."""
@@ -416,7 +444,7 @@ def flow_curves(t, z, per_step=20):
     return torch.atan2(ts, 1 - ts) / (math.pi / 2), zs / scale.view(-1, 1, 1)
 
 
-def time_axis(axis, ylabel="first coordinate of z"):
+def time_axis(axis, ylabel="z[0]"):
     axis.set(xlim=(1.02, -0.02), ylim=(-2.3, 2.3), xticks=[1, 0.5, 0], xlabel="cosine time t")
     axis.set_ylabel(ylabel)
 
@@ -444,21 +472,20 @@ def plane(axis, sigmas, x, color=GRAY, fine=None, title=""):
     axis.set(title=title, aspect="equal", xlim=(-2.2, 2.2), ylim=(-1.6, 1.6))
 
 
-def strips(rows, low=-1, high=1, columns=12, width=8):
-    """One strip of images for each {label: (n, 1, H, W)}."""
-    figure, axes = plt.subplots(
-        len(rows), 1, figsize=(width, 0.62 * len(rows)), squeeze=False, layout="constrained"
-    )
+def strips(rows, columns=12):
+    """One strip of images for each {label: (n, 1, H, W)}, in [-1, 1] or of bytes."""
+    figure, axes = panels(1, 0.62 * len(rows), rows=len(rows), squeeze=False)
     for axis, (name, x) in zip(axes[:, 0], rows.items()):
-        strip = torch.cat(list(torch.as_tensor(x)[:columns, 0]), 1)
-        axis.imshow(strip, cmap="gray", vmin=low, vmax=high)
+        x = torch.as_tensor(x)
+        low, high = (0, 255) if x.dtype == torch.uint8 else (-1, 1)
+        axis.imshow(torch.cat(list(x[:columns, 0]), 1), cmap="gray", vmin=low, vmax=high)
         axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set_ylabel(name.replace(", NFE ", ", "), rotation=0, ha="right", va="center")
     return figure
 
 
 def log_sigma(axis, ticks=(80, 10, 1, 0.1, 0.01), name="sigma: from noise to data"):
-    """A logarithmic axis of noise levels, noise on the left."""
+    """A logarithmic axis of noise levels, from the first tick (noise) to the last (data)."""
     axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
@@ -522,28 +549,40 @@ def frames_of_ddim(counts=(1, 2, 4, 8, 64), points=500, frames=36):
     return images
 
 
+DIGITS = {  # label: (run of digits-compare, name of its rows)
+    "DDIM": ("progressive", "ddim"), "LD3": ("ld3-{}", "ld3"), "D-ODE": ("dode", "d-ddim"),
+    "PD": ("progressive", "pd"), "CFD": ("cfd", "cfd"), "CUD": ("cud", "cud"),
+    "CUD, one step": ("cud", "cud-1step"), "GDD-I": ("distributional", "gdd-i"),
+}
+
+
+def kept_digits(nfe):
+    """{label: images uint8 (16, 1, 8, 8)} of the kept runs with that many evaluations."""
+    found = {}
+    for label, (run, name) in DIGITS.items():
+        path = HERE / "results" / "digits-compare" / run.format(nfe) / "samples.npz"
+        kept = np.load(path) if path.exists() else {}
+        if f"{name}, NFE {nfe}" in kept:
+            found[label] = kept[f"{name}, NFE {nfe}"]
+    return found
+
+
 def frames_of_digits(counts=(1, 2, 4, 8), columns=10):
     """Six methods and DDIM on the same noise, with more and more network evaluations."""
-    rows = {  # label: (run, name of its rows)
-        "DDIM": ("progressive", "ddim"), "LD3": ("ld3-{}", "ld3"), "D-ODE": ("dode", "d-ddim"),
-        "PD": ("progressive", "pd"), "CFD": ("cfd", "cfd"), "CUD": ("cud", "cud"),
-        "GDD-I": ("distributional", "gdd-i"),
-    }
     images = []
     for nfe in counts:
+        kept = kept_digits(nfe)
+        labels = [label for label in DIGITS if label != "CUD, one step"]
         figure, axes = plt.subplots(
-            len(rows), 1, figsize=(6.4, 4.4), dpi=90, layout="constrained"
+            len(labels), 1, figsize=(6.4, 4.4), dpi=90, layout="constrained"
         )
-        for axis, (label, (run, name)) in zip(axes, rows.items()):
-            path = HERE / "results" / "digits-compare" / run.format(nfe) / "samples.npz"
-            kept = np.load(path) if path.exists() else {}
-            key = f"{name}, NFE {nfe}"
+        for axis, label in zip(axes, labels):
             axis.set(xticks=[], yticks=[])
             axis.set_ylabel(label, rotation=0, ha="right", va="center")
             for spine in axis.spines.values():
                 spine.set_visible(False)
-            if key in kept:
-                axis.imshow(np.concatenate(list(kept[key][:columns, 0]), 1), cmap="gray")
+            if label in kept:
+                axis.imshow(np.concatenate(list(kept[label][:columns, 0]), 1), cmap="gray")
             else:
                 axis.set(xlim=(0, 8 * columns), ylim=(8, 0), aspect="equal")
                 axis.text(0, 4, "-", va="center", color=GRAY)

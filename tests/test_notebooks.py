@@ -188,6 +188,8 @@ def test_cud_notebook():
     cud = {n: float(value) for n, value in fid.pop("cud").items()}
     assert len(fid) == 2
     assert all(cud[n] < float(value) for line in fid.values() for n, value in line.items())
+    digits = values(rf"^digits (\S+) +straightness {NUMBER}$", printed)
+    assert len(digits) == 3 and digits["cud"] > 0.97 * min(digits.values())  # not straighter
 
 
 @pytest.mark.slow
@@ -208,6 +210,7 @@ def test_distributional_notebook():
     rows = values(rf"^(.+, \d+) evaluations: FID {NUMBER} .* {NUMBER} %", printed)
     assert rows["gdd-i, 1"][0] < 0.2 * rows["before training, 1"][0]
     assert rows["ddim, 4"][0] < rows["ddim, 3"][0] < rows["ddim, 2"][0]
+    assert rows["gdd, random weights, 1"][0] > 3 * rows["gdd-i, 1"][0]
     assert rows["gdd-i, 1"][1] > 1.5 * rows["ddim, 3"][1]  # speckles
 
 
@@ -220,9 +223,12 @@ def test_compare_notebook():
     paid = dict(re.findall(pattern, printed, re.M))
     assert int(paid["LD3"].replace(",", "")) < int(paid["PD"].replace(",", ""))
     assert "GDD-I: never reaches that FID" in printed
-    pattern = rf"^(\d) evaluations: best trained network .* {NUMBER}, .* {NUMBER}$"
+    pattern = rf"^(\d) evaluations: .*network \D+ {NUMBER}, .* D-ODE {NUMBER}, .*training {NUMBER}$"
     best = values(pattern, printed)  # training pays at 1 and 2 evaluations, as the text says
-    assert all((best[n][0] < best[n][1]) == (n in "12") for n in "1248")
+    assert all((best[n][0] < best[n][2]) == (n in "12") for n in "1248")
+    assert best["4"][1] < best["4"][2] and best["8"][2] < best["8"][1] < best["8"][0]
+    means = dict(re.findall(r"^([\w+ -]+?) +2: .* 4: ([\d.]+) \(runs", printed, re.M))
+    assert float(means.pop("PD + D-ODE")) < 0.156 < min(map(float, means.values()))
     six = values(rf"^([\w-]+) +\d+ evaluations: .* {NUMBER}, kept {NUMBER}; RMSE", printed)
     assert len(six) == 8
     assert all(now == pytest.approx(kept, abs=0.02) for now, kept in six.values())
