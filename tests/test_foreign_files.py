@@ -23,7 +23,8 @@ from common.datasets import load_dataset
 from common.diffusion import Denoiser
 from common.fid import load_moments
 from common.machinery.claims import check_shapes
-from common.machinery.files import save_weights
+from common.machinery.files import read_npz, save_weights
+from common.machinery.foreign import Refused
 from common.machinery.schedule import load_schedule
 from common.teacher import load_teacher
 
@@ -277,6 +278,13 @@ def test_moments_of_an_unknown_compression_are_refused(tmp_path):
     path = npz(tmp_path / "ref.npz", zipfile.ZIP_LZMA, **moments())
     extractor = SimpleNamespace(dim=4, name="some-features")
     one_line_refusal(lambda: load_moments(path, extractor), "unknown compression")
+
+
+def test_numbers_beyond_a_bound_are_not_unpacked(tmp_path):
+    path = npz(tmp_path / "a.npz", mu=np.zeros(1000))
+    assert len(read_npz(path, ("mu",), 8200)[0]) == 1000
+    with pytest.raises(Refused, match="more than 8,000 bytes"):
+        read_npz(path, ("mu",), 8000)
 
 
 # -------------------------------------------------------------------------------------- images
