@@ -223,22 +223,22 @@ _DIGITS = dict(
     warmup=100, distill_steps=120, distill_n=4096, distill_lr=5e-4,
     sampler=("euler/even", "unipc3/even"), eval_n=2048, eval_batch=256,
 )
+_MNIST = dict(
+    _DIGITS, model_channels=16, channel_mult=(1, 2, 4), num_blocks=2, attn_resolutions=(7,),
+    steps=1000, batch_size=32, distill_n=2048, eval_n=1024, eval_batch=32,
+)
 PRESETS = {
     "digits": _DIGITS,
-    "mnist": dict(
-        _DIGITS, model_channels=16, channel_mult=(1, 2, 4), num_blocks=2, attn_resolutions=(7,),
-        steps=1000, batch_size=32, distill_n=2048, eval_n=1024, eval_batch=32,
-    ),
-    "cifar10": _CIFAR10,
+    "mnist": _MNIST,
+    "cifar10": dict(_MNIST, attn_resolutions=(8,), conditional=True, flip=True, steps=2000),
+    "cifar10-gpu": _CIFAR10,
     "imagenet64": dict(
         _CIFAR10, arch="adm", model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
         attn_resolutions=(32, 16, 8), dropout=0.1, independent=True, conditional=True,
         batch_size=1024, lr=4e-4, warmup=0, distill_n=10_000, distill_lr=4e-4, eval_batch=128,
     ),
-    "folder": dict(
-        _DIGITS, model_channels=16, channel_mult=None, attn_resolutions=None,
-        flip=True, steps=1000, batch_size=32, distill_n=1024, eval_n=500,
-    ),
+    "folder": dict(_MNIST, channel_mult=None, attn_resolutions=None, num_blocks=1, flip=True,
+                   distill_n=1024, eval_n=500),
     "folder-gpu": dict(_CIFAR10, eval_n=10_000),
 }
 SMOKE = dict(steps=4, batch_size=8, warmup=1, distill_steps=1, distill_n=16, eval_n=32)

@@ -297,7 +297,8 @@ _SMALL = dict(grid="auto", fit_n=128, fit_batch=32, reference_nfe=50, eval_n=512
 PRESETS = {
     "digits": _SMALL | dict(fit_n=256, fit_batch=128, reference_nfe=64, eval_batch=128),
     "mnist": _SMALL | dict(eval_batch=32),
-    "cifar10": _OFFICIAL | dict(eval_batch=256),
+    "cifar10": _SMALL | dict(eval_batch=64),
+    "cifar10-gpu": _OFFICIAL | dict(eval_batch=256),
     "imagenet64": _OFFICIAL | dict(eval_batch=128),
     "folder": _SMALL | dict(eval_n=500, eval_batch=50),
     "folder-gpu": _OFFICIAL | dict(eval_n=10_000, eval_batch=256),
@@ -386,8 +387,7 @@ def main():
         ends = config.sigma_min, config.sigma_max
         name, best = untrained_sampler(teacher, config.dataset, nfe, *ends)
         samplers[name, nfe] = best
-    nfe = 2 * (config.reference_nfe // 2)
-    samplers["teacher", nfe] = sampler(heun, reference_grid(config))
+    samplers["teacher", 2 * (config.reference_nfe // 2)] = sampler(heun, reference_grid(config))
 
     rows, pictures = measure(run, samplers, teacher.net, evaluator, reference="teacher")
     # The first rows are, for each solver and NFE, the plain solver and the distilled one.

@@ -205,7 +205,8 @@ _SMALL = dict(
 PRESETS = {
     "digits": _SMALL,
     "mnist": {**_SMALL, "eval_batch": 32},
-    "cifar10": _LARGE,
+    "cifar10": {**_SMALL, "eval_batch": 64},
+    "cifar10-gpu": _LARGE,
     "imagenet64": {**_LARGE, "eval_batch": 128},
     "folder": {**_SMALL, "eval_n": 500, "eval_batch": 50},
     "folder-gpu": {**_LARGE, "eval_n": 10_000},

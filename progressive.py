@@ -167,7 +167,8 @@ _DIGITS = {
 PRESETS = {
     "digits": _DIGITS,
     "mnist": {**_DIGITS, "updates": 150, "batch_size": 64, "eval_batch": 32},
-    "cifar10": _CIFAR10,
+    "cifar10": {**_DIGITS, "updates": 200, "batch_size": 64, "flip": True, "eval_batch": 64},
+    "cifar10-gpu": _CIFAR10,
     "imagenet64": {**_CIFAR10, "from_steps": 1024, "batch_size": 2048, "lr": 1e-4},
     "folder": {
         **_DIGITS, "updates": 100, "batch_size": 32, "flip": True, "eval_n": 500, "eval_batch": 50

@@ -19,11 +19,12 @@ from common.machinery.files import BAR, cache_dir, load_weights, locked, pretrai
 from common.machinery.options import DATASETS, MOST_SEED, cli, option, parse_config
 from common.machinery.run import pick_device
 
-# Chosen here. 4 * width features: 1,000 images give a covariance of full rank.
+# Chosen here. 4 * width features: 1,000 images give a covariance of full rank. smoothing: of the
+# labels, 0 where there is none; such a network is trained in bf16, 1.4 times as fast on a CPU.
 RECIPES = {
     "digits": {"width": 16, "steps": 600},
     "mnist": {"width": 32, "steps": 500},
-    "cifar10": {"width": 32, "steps": 5000},
+    "cifar10": {"width": 64, "pool": True, "smoothing": 0.1, "decay": 0.05, "steps": 2400},
     "imagenet64": {"width": 64, "steps": 50000},
     "folder": {"width": 32, "steps": None},  # by the number of images
 }
@@ -34,7 +35,9 @@ PURPOSE = {  # of a seed
 }
 BATCH_SIZE, LR, WEIGHT_DECAY = 128, 5e-3, 0.5
 IMAGENET_MEAN_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision's
-SHIPPED = {(name, 0): ASSETS / f"{name}-classifier.safetensors" for name in ("digits", "mnist")}
+SHIPPED = {
+    (name, 0): ASSETS / f"{name}-classifier.safetensors" for name in ("digits", "mnist", "cifar10")
+}
 
 # ------------------------------------------------------------------------------ networks
 
@@ -42,18 +45,23 @@ SHIPPED = {(name, 0): ASSETS / f"{name}-classifier.safetensors" for name in ("di
 class Stage(nn.Module):
     """A convolution that changes width and may halve the size, then a residual one.
 
+    The size is halved by the convolution's stride or, with `pool`, by the largest of 2x2 after it.
     The activations are smooth, so gradients exist everywhere.
     """
 
-    def __init__(self, in_channels, out_channels, stride):
+    def __init__(self, in_channels, out_channels, stride, pool=False):
         super().__init__()
+        self.pool = stride if pool else 1
+        stride = 1 if pool else stride
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.norm0 = nn.BatchNorm2d(out_channels)
         self.conv1 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(out_channels)
 
     def forward(self, x):
-        x = F.silu(self.norm0(self.conv0(x)))
+        x = self.conv0(x)
+        x = F.max_pool2d(x, self.pool) if self.pool > 1 else x
+        x = F.silu(self.norm0(x))
         return x + F.silu(self.norm1(self.conv1(x)))
 
 
@@ -63,20 +71,21 @@ class Classifier(nn.Module):
     Three stages, global average, one linear layer.
     """
 
-    def __init__(self, img_resolution, img_channels, num_classes, width=32):
+    def __init__(self, img_resolution, img_channels, num_classes, width=32, pool=False):
         super().__init__()
         self.arch = {
             "img_resolution": img_resolution,
             "img_channels": img_channels,
             "num_classes": num_classes,
             "width": width,
+            **({"pool": True} if pool else {}),
         }
         # Full resolution costs four times the time and only helps tiny images.
         first_stride = 1 if img_resolution <= 16 else 2
         self.stages = nn.ModuleList([
-            Stage(img_channels, width, first_stride),
-            Stage(width, 2 * width, 2),
-            Stage(2 * width, 4 * width, 2),
+            Stage(img_channels, width, first_stride, pool),
+            Stage(width, 2 * width, 2, pool),
+            Stage(2 * width, 4 * width, 2, pool),
         ])
         self.head = nn.Linear(4 * width, num_classes)
 
@@ -87,10 +96,10 @@ class Classifier(nn.Module):
         for images of another shape.
         """
         size = self.arch["img_resolution"]
-        right = (self.arch["img_channels"], size, size)
-        if x.shape[1:] != right:
+        expected = (self.arch["img_channels"], size, size)
+        if x.shape[1:] != expected:
             found = tuple(x.shape[1:])
-            raise ValueError(f"images of shape {found} in a classifier of {right} images")
+            raise ValueError(f"images of shape {found} in a classifier of {expected} images")
         maps = []
         for stage in self.stages:
             x = stage(x)
@@ -227,22 +236,27 @@ def train_classifier(dataset_name, seed=0, device="cpu", data_dir=None, steps=No
     steps = steps or recipe["steps"] or folder_steps(len(data.images))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed CUDA
-        net = Classifier(data.resolution, data.channels, data.num_classes, recipe["width"])
-    net = net.to(device).train()
+        size = data.resolution, data.channels, data.num_classes
+        net = Classifier(*size, recipe["width"], recipe.get("pool", False))
+    net = net.to(device, memory_format=torch.channels_last).train()
+    smoothing = recipe.get("smoothing", 0.0)
     stream = Stream(data, BATCH_SIZE, seed, flip=data.channels == 3, ranks=(0, 1))
     generator = torch.Generator(device).manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=WEIGHT_DECAY)
+    decay = recipe.get("decay", WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps)
     what = f"a classifier of {dataset_name} (seed {seed}) {PURPOSE.get(seed, '')}".rstrip()
     print(f"training {what}: {steps} steps")
     for _ in tqdm(range(steps), f"training the {dataset_name} classifier", **BAR):
         x0, labels = stream.next()
-        logits = net(random_shift(x0, data.resolution // 8, generator))[1]
-        loss = F.cross_entropy(logits, labels)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=smoothing > 0):
+            logits = net(random_shift(x0, data.resolution // 8, generator))[1]
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
+    net = net.to(memory_format=torch.contiguous_format)
     net = net.half().float().eval().requires_grad_(False)
     same_classes = test.split != "all" and test.num_classes == data.num_classes
     share = accuracy(net, test) if same_classes else None

@@ -54,16 +54,17 @@ def load_dataset(name, split="train", data_dir=None, device="cpu"):
 
     data_dir, for `folder` and `imagenet64`: a folder of images or a zip of EDM's dataset_tool;
     for `mnist` and `cifar10`: where the original files lie or are downloaded to (default: the
-    cache). Downsampled ImageNet becomes a folder by `notebooks/imagenet_to_png.py`.
+    cache); for `cifar10` also a folder with `train/<class>/` and `test/<class>/`. Downsampled
+    ImageNet becomes a folder by `notebooks/imagenet_to_png.py`.
 
     Raises UsageError where the data is missing, unreadable or of mixed shapes.
     """
-    device, mapped = torch.device(device), False
+    device, place, mapped = torch.device(device), _source(name, data_dir), False
     if name == "digits":
         images, labels, num_classes = *_digits(split), 10
-    elif name in ("mnist", "cifar10"):
+    elif place in ("mnist", "cifar10"):
         images, labels, num_classes = *_torchvision(name, split, data_dir), 10
-    elif name in ("folder", "imagenet64"):
+    elif place in ("folder", "imagenet64"):
         folder = Folder(data_dir)
         source = folder.source(split)
         labels, num_classes, split = source.labels, source.num_classes, source.split
@@ -77,6 +78,12 @@ def load_dataset(name, split="train", data_dir=None, device="cpu"):
         images = images.to(device)
     ahead = images.device.type == "cpu" and (mapped or device.type != "cpu")
     return Dataset(name, images, labels, num_classes, split, ahead)
+
+
+def _source(name, data_dir):
+    """How the images lie there: a data set's name, or "folder" for CIFAR-10 as image files."""
+    as_files = name == "cifar10" and data_dir and (Path(data_dir) / "train").is_dir()
+    return "folder" if as_files else name
 
 
 def to_float(images):
@@ -147,6 +154,7 @@ def fingerprint(name, data_dir, exact=False):
 
     They are of its place and of the names and sizes of its files. exact: and of their times.
     """
+    name = _source(name, data_dir)
     if name != "folder" and (name != "imagenet64" or data_dir is None):
         return ""
     return f"-{Folder(data_dir).stamp(times=exact)}"
@@ -160,6 +168,7 @@ def is_edms(name, data_dir):
 def has_test_images(name, data_dir):
     """Whether held-out images are at hand, without a download."""
     places = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py"}
+    name = _source(name, data_dir)
     if name in places:
         return (Path(data_dir or cache_dir() / "data") / places[name]).is_dir()
     if name == "digits":

@@ -2,6 +2,7 @@
 
     python -m common.teacher --dataset digits                  # 2 CPU cores
     python -m common.teacher --dataset mnist                   # 2 CPU cores, an hour
+    python -m common.teacher --dataset cifar10                 # 2 CPU cores, an hour; a GPU: EDM's
     python -m common.teacher --dataset folder --data-dir DIR   # square images: 10 minutes there
 
 With a GPU, take a larger network for MNIST: --model-channels 32 --channel-mult 2 2 2 --dropout 0.1
@@ -19,22 +20,32 @@ from pathlib import Path
 import torch
 
 from common import UsageError, unet
-from common.datasets import ASSETS, Stream, fingerprint, load_dataset, shape_of
+from common.datasets import ASSETS, Stream, fingerprint, load_dataset, say_once, shape_of
 from common.diffusion import Denoiser, FlowDenoiser, expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
 from common.machinery.claims import check_network
 from common.machinery.diffusers_teachers import is_diffusers, load_diffusers
 from common.machinery.files import cache_dir, load_weights, save_weights
 from common.machinery.foreign import refusing
-from common.machinery.options import TrainingOptions, cli, complete, option, parse_config, require
+from common.machinery.options import (
+    TrainingOptions,
+    cli,
+    complete,
+    option,
+    parse_config,
+    require,
+    takes_gpu,
+)
 from common.machinery.plots import save_rows
 from common.machinery.public_teachers import convert_public, is_public
 from common.machinery.run import Run
 from common.solvers import heun
 
 ARCHS = {"ddpmpp": unet.ddpmpp, "ncsnpp": unet.ncsnpp, "adm": unet.adm}
-SHIPPED = {name: ASSETS / f"{name}-teacher.safetensors" for name in ("digits", "mnist")}
-PUBLIC = {  # where none was trained here
+SHIPPED = {
+    name: ASSETS / f"{name}-teacher.safetensors" for name in ("digits", "mnist", "cifar10")
+}
+PUBLIC = {  # on a GPU, and where none is shipped, unless one was trained here
     "cifar10": "edm-cifar10-32x32-uncond-vp",
     "imagenet64": "edm-imagenet-64x64-cond-adm",
 }
@@ -143,19 +154,11 @@ def load_teacher(spec, dataset, device, data_dir=None):
 
     spec: a .safetensors of `common.teacher`, of a student or of cud.py's velocity; or path, URL or
     short name of a public EDM .pkl, which is never executed; or a folder or a hub name of a model
-    of diffusers; or None: the shipped teacher, else the one trained and cached here, else the
-    public one. Raises UsageError when there is none, saying how to get it, or when its
-    images have another shape than the data set's.
+    of diffusers; or None: see `choose_teacher`. Raises UsageError when there is none, saying
+    how to get it, or when its images have another shape than the data set's.
     """
     if spec is None:
-        trained = SHIPPED.get(dataset, teacher_path(dataset, data_dir))
-        spec = str(trained) if trained.exists() else PUBLIC.get(dataset)
-        if spec is None:
-            where = f" --data-dir {data_dir}" if data_dir else ""
-            raise UsageError(
-                f"--teacher: no teacher for {dataset} yet (looked for {trained}); train one with "
-                f"`python -m common.teacher --dataset {dataset}{where}`, or give --teacher PATH"
-            )
+        spec = choose_teacher(dataset, device, data_dir)
     if is_public(spec):
         spec = _converted(spec, dataset)
     denoiser = load_diffusers(spec) if is_diffusers(spec) else read_teacher(spec)
@@ -165,6 +168,32 @@ def load_teacher(spec, dataset, device, data_dir=None):
         message = f"makes images of {shape}, {dataset} has {needed}"
         require(shape == needed, "teacher", spec, message)
     return denoiser.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def choose_teacher(dataset, device, data_dir=None):
+    """The teacher of a data set when none is named: a `spec` for `load_teacher`.
+
+    The one that is shipped; where there is a public one, on a GPU that; of other data sets the one
+    trained and cached here. Raises UsageError when there is none.
+    """
+    trained, public = teacher_path(dataset, data_dir), PUBLIC.get(dataset)
+    shipped = SHIPPED.get(dataset)
+    if shipped and public:
+        if not takes_gpu(device):
+            say_once(f"teacher: {shipped.name}, the small one that is shipped, for a CPU; on a "
+                     f"GPU it is {public}; --teacher chooses")
+            return str(shipped)
+        say_once(f"teacher: {trained if trained.exists() else public}, for a GPU; --teacher "
+                 f"{shipped} is the small one that is shipped")
+    elif shipped:
+        return str(shipped)
+    if not trained.exists() and public is None:
+        where = f" --data-dir {data_dir}" if data_dir else ""
+        raise UsageError(
+            f"--teacher: no teacher for {dataset} yet (looked for {trained}); train one with "
+            f"`python -m common.teacher --dataset {dataset}{where}`, or give --teacher PATH"
+        )
+    return str(trained) if trained.exists() else public
 
 
 def _converted(spec, dataset):
@@ -310,10 +339,15 @@ PRESETS = {
     ),
     "mnist": dict(
         arch="ddpmpp", model_channels=16, channel_mult=(1, 2, 4), num_blocks=2,
-        attn_resolutions=(7,), dropout=0.0, flip=False, steps=6500, batch_size=64, lr=2e-3,
+        attn_resolutions=(7,), dropout=0.0, flip=False, steps=6000, batch_size=64, lr=2e-3,
         warmup=200, ema_images=5e4, eval_n=1000, eval_batch=32,
     ),
-    "cifar10": _CIFAR10,
+    "cifar10": dict(
+        arch="ddpmpp", model_channels=16, channel_mult=(1, 2, 4), num_blocks=2,
+        attn_resolutions=(8,), dropout=0.0, conditional=True, flip=True, steps=6000, batch_size=64,
+        lr=2e-3, warmup=200, ema_images=4e4, eval_n=1024, eval_batch=64,
+    ),
+    "cifar10-gpu": _CIFAR10,
     "imagenet64": dict(
         arch="adm", model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
         attn_resolutions=(32, 16, 8), dropout=0.1, flip=False, steps=610_000, batch_size=4096,

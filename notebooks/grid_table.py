@@ -61,7 +61,8 @@ class Config(TeacherOptions):
         complete(self, PRESETS, dict(eval_n=16, eval_batch=16))
 
 
-PRESETS = {"digits": dict(eval_n=1024, eval_batch=128), "mnist": dict(eval_n=512, eval_batch=32)}
+PRESETS = {"digits": dict(eval_n=1024, eval_batch=128), "mnist": dict(eval_n=512, eval_batch=32),
+           "cifar10": dict(eval_n=512, eval_batch=64)}
 
 
 class Remembering:

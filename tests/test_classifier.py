@@ -104,6 +104,19 @@ def test_the_gradient_with_respect_to_the_image_is_right(shipped):
         torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=1e-8)
 
 
+def test_with_pooling_the_first_convolution_sees_all_pixels(tmp_path):
+    """Sizes are those of strides; a file says which of the two its weights are for."""
+    nets = [Classifier(32, 3, 10, 4, pool).eval() for pool in (False, True)]
+    x = torch.randn(2, 3, 32, 32)
+    sizes = [[tuple(m.shape[1:]) for m in net.feature_maps(x)] for net in nets]
+    assert sizes[0] == sizes[1] == [(4, 16, 16), (8, 8, 8), (16, 4, 4)]
+    first = nets[1].stages[0]
+    assert first.conv0(x).shape == (2, 4, 32, 32)
+    save_classifier(tmp_path / "a.safetensors", nets[1], None)
+    read = read_classifier(tmp_path / "a.safetensors", "cpu")
+    torch.testing.assert_close(read(x)[1], nets[1](x)[1], rtol=0, atol=1e-2)  # fp16
+
+
 def test_images_of_another_shape_are_refused(shipped):
     for shape in ((2, 1, 28, 28), (2, 3, 8, 8)):
         with pytest.raises(ValueError, match="classifier of"):

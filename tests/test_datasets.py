@@ -9,6 +9,7 @@ import sys
 import threading
 import urllib.error
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,18 @@ def test_cifar10_has_its_channels_first(tmp_path, monkeypatch):
         data = load_dataset("cifar10", split, tmp_path)
         assert np.array_equal(data.images[0].numpy(), image % 251 + i)
         assert data.labels.tolist() == [7 + i]
+
+
+def test_cifar10_may_be_a_folder_per_class(tmp_path):
+    """Its label is the class's place in the alphabet, as in the original."""
+    for i, (split, name) in enumerate(product(("train", "test"), ("airplane", "cat", "bird"))):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / split / name / "0.png")
+    assert load_dataset("cifar10", "train", tmp_path).images[:, 0, 0, 0].tolist() == [0, 2, 1]
+    data = load_dataset("cifar10", "test", tmp_path)
+    assert data.images[:, 0, 0, 0].tolist() == [3, 5, 4] and data.labels.tolist() == [0, 1, 2]
+    assert datasets.has_test_images("cifar10", tmp_path)
+    assert datasets.fingerprint("cifar10", tmp_path) != datasets.fingerprint("cifar10", None) == ""
 
 
 @pytest.fixture

@@ -252,7 +252,7 @@ def test_the_resize_is_tensorflows_old_one():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Stand-ins for what is large: Inception and the training of a CIFAR-10 classifier."""
+    """Stand-ins for what is large: Inception, which a GPU fetches, and a CIFAR-10 classifier."""
 
     class Small(nn.Module):
         def __init__(self, weights):
@@ -269,6 +269,8 @@ def small(monkeypatch):
     net = Classifier(32, 3, 10, 2).eval().requires_grad_(False)
     monkeypatch.setattr(inception, "Inception", Small)
     monkeypatch.setattr(fid, "load_classifier", lambda *args, **kwargs: net)
+    monkeypatch.setattr(fid, "takes_gpu", lambda device: True)
+    monkeypatch.setattr(fid, "SHIPPED", {})
     return net
 
 
@@ -330,6 +332,11 @@ def test_without_inception_the_classifier_stands_in_and_is_named(small, monkeypa
     assert extractor.name == f"cifar10-classifier-{extractor.digest[:6]}"
     small.head.bias += 1
     assert feature_extractor("cifar10", "cpu").digest != extractor.digest
+
+
+def test_on_a_cpu_cifar10_has_its_shipped_classifier_and_nothing_is_fetched(monkeypatch, cache):
+    monkeypatch.setattr(inception, "download", lambda *args: pytest.fail("a download"))
+    assert feature_extractor("cifar10", "cpu").name == "cifar10-classifier"
 
 
 def test_a_damaged_inception_file_is_not_used(small, cache, capsys):

@@ -198,6 +198,9 @@ def test_the_preset_of_a_folder_follows_machine_and_images(tmp_path, monkeypatch
     assert name("auto", 50_000) == "folder-gpu" and name("auto", 300) == "folder"
     assert name("cpu", 50_000) == "folder"
     assert preset_name(Config("digits", device="cuda"), both) == "digits"
+    two = {"cifar10": {}, "cifar10-gpu": {}}  # whatever the images, of which none need be there
+    assert preset_name(Config("cifar10", device="cuda:1"), two) == "cifar10-gpu"
+    assert preset_name(Config("cifar10", device="cpu"), two) == "cifar10"
     assert name("cuda", 50_000, {"folder": {}}) == "folder"
 
 
@@ -212,7 +215,7 @@ def test_a_folder_has_a_preset_for_a_laptop(script, tmp_path):
         assert getattr(config, cost[script]) * config.batch_size <= 64_000
     if script == "distributional":
         assert config.features == "classifier" and config.images <= 20_000
-    large = dataclasses.asdict(module.Config(dataset="cifar10"))
+    large = dataclasses.asdict(module.Config(dataset="cifar10", device="cuda"))
     assert config.eval_n < large["eval_n"]
 
 

@@ -1,4 +1,4 @@
-"""`--dataset cifar10` and `imagenet64`: the presets are the papers', and every script runs so.
+"""`--dataset cifar10` and `imagenet64`: a GPU's presets are the papers', and every script runs so.
 
 The runs see small stand-ins: some random coloured images where the real files would lie, and
 networks of the same kind with few channels.
@@ -9,6 +9,7 @@ import io
 import json
 import math
 import pickle
+import socket
 import sys
 import zipfile
 
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 
 from common.diffusion import GRIDS, Denoiser
+from common.machinery import options
 from common.teacher import ARCHS, save_teacher
 from test_house import SCRIPTS
 
@@ -96,7 +98,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("script,dataset", PUBLISHED)
 def test_a_preset_is_what_the_paper_did(script, dataset):
-    config = importlib.import_module(script).Config(dataset=dataset)
+    config = importlib.import_module(script).Config(dataset=dataset, device="cuda")
     ours = {name: getattr(config, name) for name in PUBLISHED[script, dataset]}
     assert ours == PUBLISHED[script, dataset]
     assert config.eval_n == 50_000  # the FID of all these papers
@@ -228,6 +230,7 @@ def test_a_preset_runs_from_end_to_end(script, dataset, places, teachers, tmp_pa
         without.add(bool(self.net.label_dim) and labels is None)
         return forward(self, x, sigma, labels)
 
+    monkeypatch.setattr(options, "takes_gpu", lambda device: True)  # of the preset alone
     monkeypatch.setattr(Denoiser, "forward", spy)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     module.main()
@@ -256,3 +259,18 @@ def test_a_preset_runs_from_end_to_end(script, dataset, places, teachers, tmp_pa
     assert len(kept) >= 2
     for expected in (kept, smoked):
         assert {k: recorded[k] for k in expected} == json.loads(json.dumps(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cifar10_on_a_cpu_is_a_laptops(script, places, tmp_path, monkeypatch):
+    """And what needs no training images needs no data: neither a download nor a folder."""
+    module = importlib.import_module(script)
+    assert module.PRESETS["cifar10"] != module.PRESETS["cifar10-gpu"]
+    data = [] if script in ("ld3", "dode") else ["--data-dir", str(places["cifar10"])]
+    words = ["--dataset", "cifar10", "--smoke", "--device", "cpu", "--out", str(tmp_path), *data]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("a download"))
+    module.main()
+    rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    assert {row["fid_features"] for row in rows} == {"cifar10-classifier"}

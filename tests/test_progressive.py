@@ -218,7 +218,7 @@ def test_stages_halve_and_double():
     assert halving_stages(8, 1, 10) == [(8, 10), (4, 10), (2, 20), (1, 20)]
     assert halving_stages(8, 4, 7) == [(8, 7), (4, 7)]
     assert halving_stages(2, 4, 7) == []
-    paper = progressive.stages_of(progressive.Config(dataset="cifar10"))
+    paper = progressive.stages_of(progressive.Config(dataset="cifar10", device="cuda"))
     assert paper[0] == (4096, 50_000) and paper[-1] == (1, 100_000)
     assert sum(updates for _, updates in paper) == 750_000  # 11 stages of 50k and 2 of 100k
     config = progressive.Config(prediction="v", updates=5)

@@ -227,6 +227,21 @@ def test_the_velocity_of_cud_is_a_teacher(tmp_path, options):
         progressive.make_student(denoiser, "v")
 
 
+def test_a_cpu_takes_the_shipped_teacher_and_a_gpu_the_public_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    shipped = str(teacher.SHIPPED["cifar10"])
+    assert teacher.choose_teacher("cifar10", torch.device("cpu")) == shipped
+    assert "cifar10-teacher.safetensors" in capsys.readouterr().out
+    for device in ("cuda", torch.device("cuda", 1)):
+        assert teacher.choose_teacher("cifar10", device) == "edm-cifar10-32x32-uncond-vp"
+        assert teacher.choose_teacher("imagenet64", device) == "edm-imagenet-64x64-cond-adm"
+        assert teacher.choose_teacher("mnist", device) == str(teacher.SHIPPED["mnist"])
+    own = teacher.teacher_path("cifar10")
+    own.write_bytes(b"")
+    assert teacher.choose_teacher("cifar10", torch.device("cuda")) == str(own)
+    assert teacher.choose_teacher("cifar10", torch.device("cpu")) == shipped
+
+
 def test_what_is_no_teacher_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(teacher, "SHIPPED", {})

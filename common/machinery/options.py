@@ -139,12 +139,22 @@ def require(condition, option_name, value, message):
 
 
 def preset_name(config, presets):
-    """Of a data set's preset. `folder` has two, for a laptop and "folder-gpu" for many images."""
-    auto_gpu = config.device == "auto" and torch.cuda.is_available()
-    if config.dataset == "folder" and "folder-gpu" in presets and config.data_dir:
-        if auto_gpu or config.device.startswith("cuda"):
-            return "folder-gpu" if len(Folder(config.data_dir).names) >= MANY_IMAGES else "folder"
-    return config.dataset
+    """Of a data set's preset. Some have two: on a GPU "cifar10-gpu" is the paper's experiment.
+
+    And "folder-gpu" is for many images there.
+    """
+    name = config.dataset
+    if f"{name}-gpu" not in presets or not takes_gpu(config.device):
+        return name
+    if name == "folder":
+        if not config.data_dir or len(Folder(config.data_dir).names) < MANY_IMAGES:
+            return name
+    return f"{name}-gpu"
+
+
+def takes_gpu(device):
+    """Whether `--device` ("auto", "cpu", "cuda", "cuda:1") or a torch.device means a GPU here."""
+    return str(device).startswith("cuda") or device == "auto" and torch.cuda.is_available()
 
 
 def complete(config, presets, smoke):
