@@ -926,6 +926,6 @@ def test_networks_have_the_published_size():
         ("digits", {}, (8, 1), 748_737),
     ]:
         with torch.device("meta"):
-            config = cud.Config(dataset=dataset, **changes)
+            config = cud.Config(dataset=dataset, device="cuda", **changes)
             data = type("Data", (), {"resolution": resolution, "channels": channels})
             assert sum(p.numel() for p in cud.make_net(config, data).parameters()) == expected

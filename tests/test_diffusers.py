@@ -140,6 +140,7 @@ def test_gradients_reach_the_noise_levels_and_checkpointing_changes_none(digits_
         assert denoiser.net.checkpoint == recompute
         sigma = denoiser.log_sigmas[300:302].mean().exp().requires_grad_()  # between two timesteps
         denoiser(x, sigma).square().mean().backward()
+        assert denoiser.net.unet.is_gradient_checkpointing == recompute
         gradients.append([sigma.grad, *(p.grad for p in denoiser.parameters())])
     for plain, recomputed in zip(*gradients):
         torch.testing.assert_close(plain, recomputed)

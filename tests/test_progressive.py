@@ -646,7 +646,7 @@ def test_a_network_of_another_prediction_is_no_teacher(monkeypatch, tmp_path, ti
         (["--sigma-max", "inf"], ["--sigma-max inf"]),
         (["--prediction", "score"], ["prediction", "score"]),
         (["--weight", "none"], ["weight", "none"]), (["--teacher", "FOREIGN"], ["foreign.pt"]),
-        (["--dataset", "cifar10"], ["teacher", "cifar10"]), (["--resume"], ["checkpoint.pt"]),
+        (["--dataset", "cifar10"], ["dataset", "cifar10"]), (["--resume"], ["checkpoint.pt"]),
         (["--device", "cuda:99"], ["--device cuda:99"]),
     ],
 )
