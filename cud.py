@@ -376,7 +376,8 @@ def main():
     run = Run("cud", config)
     evaluator = make_evaluator(config, run.device, unseen=True)
     nets = train(config, run)
-    found = samplers(config, nets) | untrained_samplers(config.dataset, config.nfe, run.device)
+    free = untrained_samplers(config.dataset, config.nfe, run.device, nets["cud"].net.label_dim)
+    found = samplers(config, nets) | free
     rows, pictures = measure(run, found, nets["cud"].net, evaluator)
     save_rows(run.out / "samples.png", pictures)
     save_fid_curves(run.out / "fid.png", rows)

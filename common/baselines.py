@@ -11,9 +11,9 @@ import torch
 
 from common.datasets import ASSETS, say_once
 from common.diffusion import GRIDS, ddim_levels, sigma_grid, with_labels
-from common.machinery.options import require
+from common.machinery.options import require, takes_gpu
 from common.solvers import ORDERS, SOLVERS, heun, steps_for
-from common.teacher import SHIPPED, load_teacher
+from common.teacher import PUBLIC, SHIPPED, load_teacher
 
 UNMEASURED = ("unipc", 3, "cosine")  # the choice where there is no measurement
 
@@ -63,12 +63,15 @@ def untrained_sampler(teacher, dataset, nfe, sigma_min=0.002, sigma_max=80.0):
     return f"untrained ({solver_name(solver, order)}, {grid})", sampler
 
 
-def untrained_samplers(dataset, nfes, device):
-    """{(name of the row, NFE): sampler} with the shipped teacher; {} where none is shipped."""
-    if dataset not in SHIPPED:
+def untrained_samplers(dataset, nfes, device, label_dim):
+    """{(name of the row, NFE): sampler} with the shipped teacher, for a network of so many classes.
+
+    {} where none is shipped, where it is not the teacher of this device, or knows other classes.
+    """
+    if dataset not in SHIPPED or dataset in PUBLIC and takes_gpu(device):
         return {}
     teacher, found = load_teacher(None, dataset, device), {}
-    for nfe in nfes:
+    for nfe in nfes if teacher.net.label_dim in (0, label_dim) else ():
         name, sampler = untrained_sampler(teacher, dataset, nfe)
         found[name, nfe] = sampler
     return found

@@ -66,7 +66,7 @@ def test_a_set_that_was_not_measured_says_so(capsys):
     assert capsys.readouterr().out.count("not measured on folder with 4 evaluations") == 1
 
 
-@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10"])
 def test_every_hand_made_grid_is_in_the_kept_table(dataset):
     """With UniPC at five counts, and untrained.json is what the table says."""
     table = json.loads((grid_table.RESULTS / f"{dataset}-grids" / "metrics.json").read_text())
@@ -126,6 +126,15 @@ def test_a_table_goes_on_and_keeps_its_best(tmp_path, monkeypatch):
     best = min((rows["unipc3, edm"], rows["unipc3, cosine"]), key=lambda row: row["fid"])
     found = json.loads((tmp_path / "untrained.json").read_text())["digits"]
     assert found.keys() == {"2"} and found["2"] == {k: best[k] for k in found["2"]}
+
+
+def test_a_network_without_a_teacher_is_compared_with_the_shipped_one_where_that_is_fair():
+    for dataset, device, classes, count in (
+        ("digits", "cpu", 0, 1), ("folder", "cpu", 0, 0), ("imagenet64", "cuda", 1000, 0),
+        ("cifar10", "cpu", 10, 1), ("cifar10", "cpu", 0, 0), ("cifar10", "cuda", 10, 0),
+    ):
+        found = baselines.untrained_samplers(dataset, (4,), device, classes)
+        assert len(found) == count, (dataset, device, classes)
 
 
 def test_every_measured_choice_can_be_made():

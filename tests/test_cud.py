@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -616,6 +617,8 @@ def test_every_row_is_made_as_its_name_its_count_and_the_options_say(monkeypatch
             return torch.stack([(1 + head) * v for head in range(heads)])
 
     class Teacher(Recorder):
+        net = SimpleNamespace(label_dim=0)
+
         def __call__(self, x, sigma, labels=None):
             calls.append((float(sigma), 1, labels))
             return self.factor * x / (1 + sigma)
@@ -626,7 +629,7 @@ def test_every_row_is_made_as_its_name_its_count_and_the_options_say(monkeypatch
     options = dict(rk="34", head=2, sampler=texts, nfe=(3, 5), baseline=True)
     config = cud.Config(dataset="mnist", **options)
     monkeypatch.setattr(baselines, "load_teacher", lambda *_: Teacher(0.7))
-    found = cud.samplers(config, nets) | untrained_samplers("mnist", config.nfe, "cpu")
+    found = cud.samplers(config, nets) | untrained_samplers("mnist", config.nfe, "cpu", 0)
     rows, noise = set(found), noise_from_seeds(range(3), (1, 4, 4))
     for (row, nfe), sampler in found.items():
         calls.clear()
@@ -864,7 +867,7 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
     names = ("cud", "rectified-flow", "rectified-flow-equal-compute")
     names = [name + how for name in names for how in ("", " (unipc3, even)")]
     expected = [(name, nfe) for name in names for nfe in (1, 2)] + [("cud-1step", 1)]
-    expected += list(untrained_samplers("digits", (1, 2), "cpu"))
+    expected += list(untrained_samplers("digits", (1, 2), "cpu", 0))
     assert [(row["name"], row["nfe"]) for row in rows] == expected
     for row in rows:
         assert row["fid_n"] == 32 and row["fid_features"] == "digits-classifier"
