@@ -75,8 +75,10 @@ def test_a_crash_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, er
         assert f"cannot write {path}" in message
         assert "what was saved there before is kept" in message
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file.bin"]
+    os.link(path, tmp_path / "old.bin")  # a second name: the new file is another one
     files.atomic_write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(path.parent) == ["file.bin"]
+    assert (tmp_path / "old.bin").read_bytes() == b"old"
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
