@@ -339,7 +339,7 @@ PRESETS = {
     ),
     "mnist": dict(
         arch="ddpmpp", model_channels=16, channel_mult=(1, 2, 4), num_blocks=2,
-        attn_resolutions=(7,), dropout=0.0, flip=False, steps=6000, batch_size=64, lr=2e-3,
+        attn_resolutions=(7,), dropout=0.0, flip=False, steps=6500, batch_size=64, lr=2e-3,
         warmup=200, ema_images=5e4, eval_n=1000, eval_batch=32,
     ),
     "cifar10": dict(

@@ -8,6 +8,8 @@ import pytest
 import torch
 from scripts import run_script
 
+from common import teacher
+
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "notebooks"))
 import tables  # noqa: E402
@@ -18,6 +20,13 @@ import teacher_quality  # noqa: E402
 def test_the_tables_are_those_of_the_files(path):
     text = path.read_text(encoding="utf-8")
     assert tables.fill(text) == text, "run python notebooks/tables.py"
+
+
+def test_the_presets_are_what_the_text_says_of_the_shipped_teachers():
+    text = " ".join((ROOT / "RESULTS.md").read_text(encoding="utf-8").split())
+    for dataset in ("mnist", "cifar10"):
+        preset = teacher.PRESETS[dataset]
+        assert f"{preset['steps']:,} steps of {preset['batch_size']}" in text, dataset
 
 
 def ld3_run(folder, seed, hand_made, learned):
