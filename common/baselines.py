@@ -11,9 +11,9 @@ import torch
 
 from common.datasets import ASSETS, say_once
 from common.diffusion import GRIDS, ddim_levels, sigma_grid, with_labels
-from common.machinery.options import require, takes_gpu
+from common.machinery.options import require
 from common.solvers import ORDERS, SOLVERS, heun, steps_for
-from common.teacher import PUBLIC, SHIPPED, load_teacher
+from common.teacher import load_teacher, takes_shipped
 
 UNMEASURED = ("unipc", 3, "cosine")  # the choice where there is no measurement
 
@@ -68,10 +68,12 @@ def untrained_samplers(dataset, nfes, device, label_dim):
 
     {} where none is shipped, where it is not the teacher of this device, or knows other classes.
     """
-    if dataset not in SHIPPED or dataset in PUBLIC and takes_gpu(device):
+    if not takes_shipped(dataset, device):
         return {}
     teacher, found = load_teacher(None, dataset, device), {}
-    for nfe in nfes if teacher.net.label_dim in (0, label_dim) else ():
+    if teacher.net.label_dim not in (0, label_dim):
+        return {}
+    for nfe in nfes:
         name, sampler = untrained_sampler(teacher, dataset, nfe)
         found[name, nfe] = sampler
     return found

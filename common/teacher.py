@@ -28,13 +28,7 @@ from common.machinery.diffusers_teachers import is_diffusers, load_diffusers
 from common.machinery.files import cache_dir, load_weights, save_weights
 from common.machinery.foreign import refusing
 from common.machinery.options import (
-    TrainingOptions,
-    cli,
-    complete,
-    option,
-    parse_config,
-    require,
-    takes_gpu,
+    TrainingOptions, cli, complete, option, parse_config, require, takes_gpu,
 )
 from common.machinery.plots import save_rows
 from common.machinery.public_teachers import convert_public, is_public
@@ -170,30 +164,34 @@ def load_teacher(spec, dataset, device, data_dir=None):
     return denoiser.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+def takes_shipped(dataset, device):
+    """Whether a data set's teacher is the shipped one: a GPU takes the public one, if there is."""
+    return dataset in SHIPPED and not (dataset in PUBLIC and takes_gpu(device))
+
+
 def choose_teacher(dataset, device, data_dir=None):
     """The teacher of a data set when none is named: a `spec` for `load_teacher`.
 
-    The one that is shipped; where there is a public one, on a GPU that; of other data sets the one
-    trained and cached here. Raises UsageError when there is none.
+    The shipped one if `takes_shipped`; else the one trained and cached here, else the public one.
+    Raises UsageError when there is none.
     """
-    trained, public = teacher_path(dataset, data_dir), PUBLIC.get(dataset)
-    shipped = SHIPPED.get(dataset)
-    if shipped and public:
-        if not takes_gpu(device):
+    public, shipped = PUBLIC.get(dataset), SHIPPED.get(dataset)
+    if takes_shipped(dataset, device):
+        if public:
             say_once(f"teacher: {shipped.name}, the small one that is shipped, for a CPU; on a "
                      f"GPU it is {public}; --teacher chooses")
-            return str(shipped)
-        say_once(f"teacher: {trained if trained.exists() else public}, for a GPU; --teacher "
-                 f"{shipped} is the small one that is shipped")
-    elif shipped:
         return str(shipped)
-    if not trained.exists() and public is None:
+    trained = teacher_path(dataset, data_dir)
+    spec = str(trained) if trained.exists() else public
+    if spec is None:
         where = f" --data-dir {data_dir}" if data_dir else ""
         raise UsageError(
             f"--teacher: no teacher for {dataset} yet (looked for {trained}); train one with "
             f"`python -m common.teacher --dataset {dataset}{where}`, or give --teacher PATH"
         )
-    return str(trained) if trained.exists() else public
+    if shipped:
+        say_once(f"teacher: {spec}, for a GPU; --teacher {shipped} is the small, shipped one")
+    return spec
 
 
 def _converted(spec, dataset):
