@@ -20,11 +20,11 @@ from common.machinery.options import DATASETS, MOST_SEED, cli, option, parse_con
 from common.machinery.run import pick_device
 
 # Chosen here. 4 * width features: 1,000 images give a covariance of full rank. smoothing: of the
-# labels, 0 where there is none; such a network is trained in bf16, 1.4 times as fast on a CPU.
+# labels. bf16: trained under autocast, 1.7 times as fast on a CPU that has it.
 RECIPES = {
     "digits": {"width": 16, "steps": 600},
     "mnist": {"width": 32, "steps": 500},
-    "cifar10": {"width": 64, "pool": True, "smoothing": 0.1, "decay": 0.05, "steps": 2400},
+    "cifar10": dict(width=64, pool=True, smoothing=0.1, decay=0.05, bf16=True, steps=2400),
     "imagenet64": {"width": 64, "steps": 50000},
     "folder": {"width": 32, "steps": None},  # by the number of images
 }
@@ -239,7 +239,7 @@ def train_classifier(dataset_name, seed=0, device="cpu", data_dir=None, steps=No
         size = data.resolution, data.channels, data.num_classes
         net = Classifier(*size, recipe["width"], recipe.get("pool", False))
     net = net.to(device, memory_format=torch.channels_last).train()
-    smoothing = recipe.get("smoothing", 0.0)
+    smoothing, bf16 = recipe.get("smoothing", 0.0), recipe.get("bf16", False)
     stream = Stream(data, BATCH_SIZE, seed, flip=data.channels == 3, ranks=(0, 1))
     generator = torch.Generator(device).manual_seed(seed)
     decay = recipe.get("decay", WEIGHT_DECAY)
@@ -249,7 +249,7 @@ def train_classifier(dataset_name, seed=0, device="cpu", data_dir=None, steps=No
     print(f"training {what}: {steps} steps")
     for _ in tqdm(range(steps), f"training the {dataset_name} classifier", **BAR):
         x0, labels = stream.next()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=smoothing > 0):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             logits = net(random_shift(x0, data.resolution // 8, generator))[1]
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         optimizer.zero_grad(set_to_none=True)

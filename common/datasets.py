@@ -1,7 +1,8 @@
 """Data sets, whole and as uint8: `digits` (in the repository), `mnist`, `cifar10`, `folder`.
 
 `load_dataset` gives a `Dataset`. A `Stream` over it gives shuffled float batches without end
-and resumes from one integer."""
+and resumes from one integer.
+"""
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ class Network(nn.Module):
         self.label_dim = unet.config.num_class_embeds or 0
 
     def forward(self, z, t, labels=None):
-        if self.checkpoint:
+        if self.checkpoint and not self.unet.is_gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if not self.label_dim:
             labels = None

@@ -246,7 +246,7 @@ def parse_config(config_class, presets, description, argv=None):
     """
     argv, about = sys.argv[1:] if argv is None else argv, description or ""  # none with -OO
     everything = "--help-all" in argv
-    epilog = f"By data set: see PRESETS; folder-gpu: {MANY_IMAGES:,} images and a GPU."
+    epilog = f"By data set: see PRESETS; NAME-gpu: on a GPU (folder: from {MANY_IMAGES:,} images)."
     if not everything:
         epilog = "\n".join(line for line in about.splitlines() if line.startswith("    python "))
         first, *others = about.strip().split("\n\n")
