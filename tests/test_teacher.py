@@ -229,6 +229,7 @@ def test_the_velocity_of_cud_is_a_teacher(tmp_path, options):
 
 def test_a_cpu_takes_the_shipped_teacher_and_a_gpu_the_public_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    teacher.say_once.cache_clear()
     shipped = str(teacher.SHIPPED["cifar10"])
     assert teacher.choose_teacher("cifar10", torch.device("cpu")) == shipped
     assert "cifar10-teacher.safetensors" in capsys.readouterr().out
