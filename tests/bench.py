@@ -562,20 +562,20 @@ def training_steps(
 
 
 def ld3_fits(device, make=FULL, budgets=(4, 6, 8, 10), **options):
-    """An LD3 update at the preset of CIFAR-10, and the whole fit that follows from it.
+    """An LD3 update at a GPU's preset of CIFAR-10, and the whole fit that follows from it.
 
     The distance is l2; LPIPS comes on top. A validation every 5 updates is counted in.
     """
     teacher = random_denoiser(make, device).eval().requires_grad_(False)
-    given = dict(dataset="cifar10", distance="l2", device=str(device), **options)
+    given = {**ld3.PRESETS["cifar10-gpu"], **options, "distance": "l2"}
+    given.update(dataset="cifar10", device=str(device))
     for checkpoint in (False, True):
         for nfe in budgets:
             times = {}
             with tempfile.TemporaryDirectory(prefix="fewstep-") as out:
                 for steps in (5, 5, 15):  # the first is a warm-up
-                    config = ld3.Config(
-                        nfe=nfe, steps=steps, checkpoint=checkpoint, out=out, **given
-                    )
+                    given.update(nfe=nfe, steps=steps, checkpoint=checkpoint, out=out)
+                    config = ld3.Config(**given)
                     peak_memory(device)
                     start = time.perf_counter()
                     fit_grid(config, teacher)
@@ -589,13 +589,14 @@ def ld3_fits(device, make=FULL, budgets=(4, 6, 8, 10), **options):
 
 
 def dode_fits(device, make=FULL, budgets=(4, 6, 8, 10), **options):
-    """D-ODE's fit, all six solvers, at the preset of CIFAR-10."""
+    """D-ODE's fit, all six solvers, at a GPU's preset of CIFAR-10."""
     teacher = random_denoiser(make, device).eval().requires_grad_(False)
+    given = {**dode.PRESETS["cifar10-gpu"], **options}
+    given.update(dataset="cifar10", device=str(device))
     for nfe in budgets:
         with tempfile.TemporaryDirectory(prefix="fewstep-") as out:
-            given = dict(dataset="cifar10", out=out, device=str(device), **options)
             peak_memory(device)
-            fitted = dode.fit(dode.Config(nfe=(nfe,), **given), teacher=teacher)
+            fitted = dode.fit(dode.Config(nfe=(nfe,), out=out, **given), teacher=teacher)
         times = {solver: entry["fit_seconds"] for (solver, _), entry in fitted.items()}
         each = ", ".join(f"{solver} {took:.2f}" for solver, took in times.items())
         print(f"  dode nfe {nfe:2d}: {sum(times.values()):7.2f} s for all ({each})", end="")
@@ -615,13 +616,14 @@ def tiny(device):
     solvers(device, (1,), 2)
     frechet((16,), 2)
     streams(4, 8, 100, 2)
-    methods(device, 4, (4,), ld3=dict(batch_size=10, train_n=10, valid_n=2), dode=dict(fit_batch=8))
+    few = dict(fit_n=8, fit_batch=8, reference_nfe=10)
+    methods(device, 4, (4,), ld3=dict(batch_size=10, train_n=10, valid_n=2), dode=few)
     layouts(device, 4, 2)
     ld3_memory(4, (4,))
     gdd_freezing([("digits", 4), ("tiny", 2)])
     training_steps(device, TINY, (4,), 256, 2, "aot_eager")  # no C++ compiler
     ld3_fits(device, TINY, (4,), train_n=4, valid_n=2, teacher_nfe=4)
-    dode_fits(device, TINY, (4,), fit_n=8, fit_batch=4, scale=2)
+    dode_fits(device, TINY, (4,), fit_n=8, fit_batch=4, reference_nfe=10, scale=2)
 
 
 def main():
