@@ -98,6 +98,7 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
     ],
     ("common/classifier.py", "test_classifier"): [
         ("torch.default_generator.manual_seed(seed)", "torch.manual_seed(seed)"),
+        (" and has_bf16(device)", ""),
         ('{"pool": True} if pool', '{"pool": False} if pool'),
         ("x = F.max_pool2d(x, self.pool) if self.pool > 1 else x", "pass"),
         ("with torch.random.fork_rng(devices=[]):", "if True:"),
