@@ -201,11 +201,14 @@ def _converted(spec, dataset):
     except UsageError as error:
         if spec != PUBLIC.get(dataset):
             raise
-        raise UsageError(
-            f"{error}; or, without a network, train a small one on the images that you have: "
-            f"`python -m common.teacher --dataset {dataset} --data-dir DIR --model-channels 32 "
-            "--num-blocks 1 --batch-size 64 --steps 20000`; --dataset mnist needs none of this"
-        ) from None
+        instead = (
+            "train a small one on the images that you have: `python -m common.teacher "
+            f"--dataset {dataset} --data-dir DIR --model-channels 32 --num-blocks 1 "
+            "--batch-size 64 --steps 20000`"
+        )
+        if dataset in SHIPPED:
+            instead = f"take the small one that is shipped: --teacher {SHIPPED[dataset]}"
+        raise UsageError(f"{error}; or, without a network, {instead}") from None
 
 
 def check_classes(config, teacher, data):

@@ -280,7 +280,7 @@ def test_without_a_network_the_line_says_what_to_do(spec, cache, monkeypatch):
     with pytest.raises(UsageError) as error:
         load_teacher(spec, "cifar10", CPU)
     assert all(part in str(error.value) for part in ("no route", "by hand", str(cache), ".pkl"))
-    way_without = "python -m common.teacher --dataset cifar10 --data-dir DIR"
+    way_without = f"--teacher {teachers.SHIPPED['cifar10']}"
     assert (way_without in str(error.value)) == (spec is None)
 
 
