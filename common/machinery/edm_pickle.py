@@ -8,8 +8,7 @@ The weights together may not take more memory than the file has bytes.
 import numpy as np
 import torch
 
-from common.machinery.claims import check_weights
-from common.machinery.foreign import Refused, refusing
+from common.machinery.foreign import Refused, check_weights, refusing
 from common.machinery.pickles import PERSISTENT, Machine, Name, Record, call_of
 
 PUBLIC = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
@@ -84,7 +83,7 @@ def _storage(record):
         raise Refused("a storage that is not in torch's old format")
     (pid,) = call_of(machine.load(), PERSISTENT)
     _, kind, _, _, count, *_ = typed(pid, tuple, "a storage")
-    code = STORAGES[typed(kind, Name, "its type").text]
+    code = STORAGES[typed(kind, Name, "its type")]
     machine.load()
     end = machine.file.tell() + 8
     told, values = int.from_bytes(data[end - 8 : end], "little"), memoryview(data)[end:]
