@@ -54,12 +54,11 @@ from common.baselines import untrained_sampler
 from common.diffusion import GRIDS, noise_from_seeds, sigma_grid, with_labels
 from common.fid import labels_for, make_evaluator, measure
 from common.machinery.files import save_json
-from common.machinery.lambdas import read_lambdas
 from common.machinery.options import SolverOptions, cli, complete, option, parse_config, require
 from common.machinery.plots import save_curves, save_rows
 from common.machinery.ranks import share_of, sum_over_ranks
 from common.machinery.run import Run, State
-from common.machinery.schedule import coupled_schedule
+from common.machinery.schedule import coupled_schedule, read_lambdas
 from common.solvers import TWO_EVALUATIONS, deis, dpm2, dpmpp, euler, heun, ipndm
 from common.teacher import load_teacher
 

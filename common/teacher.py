@@ -23,10 +23,9 @@ from common import UsageError, unet
 from common.datasets import ASSETS, Stream, fingerprint, load_dataset, say_once, shape_of
 from common.diffusion import Denoiser, FlowDenoiser, expand, sigma_grid, with_labels
 from common.fid import make_evaluator, measure
-from common.machinery.claims import check_network
 from common.machinery.diffusers_teachers import is_diffusers, load_diffusers
 from common.machinery.files import cache_dir, load_weights, save_weights
-from common.machinery.foreign import refusing
+from common.machinery.foreign import check_network, refusing
 from common.machinery.options import (
     TrainingOptions, cli, complete, option, parse_config, require, takes_gpu,
 )

@@ -17,10 +17,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.machinery.diffusers_teachers import is_diffusers, load_diffusers  # noqa: E402
-from common.machinery.files import (  # noqa: E402
-    atomic_write, read_json, read_numbers, save_json,
-)
+from common.machinery.files import atomic_write, save_json  # noqa: E402
 from common.machinery.options import cli, option, parse_config, require  # noqa: E402
+from common.machinery.schedule import read_schedule  # noqa: E402
 
 # Euler in sigma is DPM-Solver++ of order 1, whose pipelines need no rescaled input.
 SCHEDULERS = {
@@ -68,11 +67,9 @@ class Config:
     out: str = option("ld3_scheduler", "folder for the scheduler")
 
 
-def read_schedule(path):
+def exportable(path):
     """What a schedule.json says, and its `sigmas`; UsageError unless diffusers can sample so."""
-    what = "a schedule.json of ld3.py"
-    about = read_json(path, "schedule", what)
-    sigmas, sigmas_net = read_numbers(path, "schedule", what, ("sigmas", "sigmas_net"))
+    about, sigmas, sigmas_net = read_schedule(path)
     teacher, solver = str(about.get("teacher")), about.get("solver")
     late = solver == "dpmpp" and about.get("order") == 3 and len(sigmas) > 15
     for good, message in (
@@ -115,7 +112,7 @@ def export_grid(folder, teacher, sigmas, solver, order, variant="bh1"):
 
 def main():
     config = parse_config(Config, {}, __doc__)
-    about, sigmas = read_schedule(config.schedule)
+    about, sigmas = exportable(config.schedule)
     teacher = load_diffusers(about["teacher"])
     folder = Path(config.out)
     export_grid(folder, teacher, sigmas, about["solver"], about["order"], about["variant"])

@@ -441,7 +441,7 @@ def test_without_diffusers_one_line_says_what_to_install(digits_model, monkeypat
     [
         ({"sigmas_net": [9.0, 4.0, 0.1]}, "--times coupled"),
         ({"solver": "heun"}, "euler, dpmpp, unipc"),
-        ({"sigmas": [1.0], "sigmas_net": [1.0, 2.0]}, "--times coupled"),
+        ({"sigmas": [2.0, 1.0], "sigmas_net": [2.0]}, "--times coupled"),
         ({"solver": "dpmpp", "order": 3, "sigmas": [*range(16, 0, -1)]}, "--order 2"),
         ({"teacher": "x.pt"}, "no model of diffusers"),
         ({"teacher": None}, "no model of diffusers"),

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from common.diffusion import Denoiser
-from common.machinery.claims import check_weights
-from common.machinery.foreign import Refused, refusing
+from common.machinery.foreign import Refused, check_weights, refusing
 
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")

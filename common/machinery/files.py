@@ -15,11 +15,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from common import UsageError
-from common.machinery.claims import check_weights
-from common.machinery.foreign import Refused, file_size, one_line, read_file, refusing
+from common.machinery.foreign import Refused, check_weights, file_size, one_line, refusing
 
 PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # of zips: others may ask for gigabytes
-MOST_JSON = 2**22  # bytes of a schedule.json or lambdas.json, which have thousands
 PATIENCE = 5  # seconds before it is said that one waits for a lock
 BAR = {"dynamic_ncols": True, "mininterval": 0.5}  # of every progress bar
 
@@ -161,15 +159,6 @@ def weights_digest(net):
     return hashlib.sha256(weights).hexdigest()[:8]
 
 
-def read_json(path, option, what):
-    """The dict in a JSON file of the user's. Raises UsageError that names the option."""
-    with refusing(f"--{option} {path}: not {what}"):
-        value = json.loads(read_file(path, MOST_JSON))
-        if not isinstance(value, dict):
-            raise Refused(f"holds a {type(value).__name__}")
-        return value
-
-
 def read_npz(path, names, most):
     """Arrays of numbers of an .npz, of any byte order. Raises Refused and other errors.
 
@@ -185,19 +174,6 @@ def read_npz(path, names, most):
     if any(array.dtype.kind not in "biuf" for array in arrays):
         raise Refused("no numbers")
     return arrays
-
-
-def read_numbers(path, option, what, names):
-    """The lists of numbers under `names` in a JSON file of the user's, as float64 tensors."""
-    saved = read_json(path, option, what)
-    with refusing(f"--{option} {path}: not {what}"):
-        tensors = [torch.tensor(saved[name], dtype=torch.float64) for name in names]
-        for name, tensor in zip(names, tensors):
-            if tensor.ndim != 1 or not len(tensor):
-                raise Refused(f"`{name}` is not a list of numbers")
-            if not tensor.isfinite().all():
-                raise Refused(f"`{name}` has values that are not finite")
-        return tensors
 
 
 def pretrained(load, option, instead):

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UsageError
-from common.machinery.claims import check_weights
 from common.machinery.files import cache_dir, download, locked
-from common.machinery.foreign import Refused, one_line, read_file
+from common.machinery.foreign import Refused, check_weights, one_line, read_file
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"  # its last 8 hex digits begin its SHA-256
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
