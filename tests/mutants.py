@@ -574,7 +574,11 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
 MUTANTS = [
     (file, tests, good, bad) for (file, tests), faults in FAULTS.items() for good, bad in faults
 ]
-PYTEST = ["-x", "-p", "no:cacheprovider", "-n", "0"]
+# Only whether a test fails counts: without what pytest does for a good report, half of the time.
+PYTEST = [
+    "-x", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "xdist.plugin", "-n", "0",
+    "--assert=plain",
+]
 # One process imports what takes long, and forks for every fault; on Windows each starts anew.
 PROCESSES = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 PROCESSES.set_forkserver_preload([
@@ -588,7 +592,7 @@ def run_tests(copy, tests):
     os.chdir(copy)
     elsewhere = [place for place in sys.path if not Path(place or copy).is_relative_to(ROOT)]
     sys.path[:] = [str(copy), *elsewhere]
-    os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     with open("output.txt", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
