@@ -9,6 +9,8 @@ import urllib.request
 import pytest
 import torch
 
+from scripts import tiny_teacher
+
 
 def _offline(url, timeout):
     raise OSError("tests have no network")
@@ -19,6 +21,12 @@ def cache(tmp_path, monkeypatch):
     """A cache of one test alone; `pytestmark = pytest.mark.usefixtures("cache")`: of each test."""
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A teacher of digits that costs far less than the shipped one, for runs of whole scripts."""
+    return tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny.safetensors")
 
 
 @pytest.fixture(autouse=True, scope="session")

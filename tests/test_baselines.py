@@ -6,30 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from scripts import run_script
+from toy import Recorder, five_blobs
 
 import common.baselines as baselines
 from common.baselines import best_untrained, solver_name, untrained_sampler
 from common.datasets import ASSETS
-from common.diffusion import GRIDS, GaussianMixture, noise_from_seeds, sigma_grid
+from common.diffusion import GRIDS, noise_from_seeds, sigma_grid
 from common.solvers import ORDERS, SOLVERS, steps_for
 
 sys.path.append(str(Path(__file__).parent.parent / "notebooks"))
 import grid_table  # noqa: E402
 
 TABLE = json.loads((ASSETS / "untrained.json").read_text())
-
-
-class Recorder(GaussianMixture):
-    """An exact denoiser that writes down the noise levels and labels it is called with."""
-
-    def __init__(self):
-        super().__init__(torch.eye(4).view(4, 1, 2, 2), 0.3)
-        self.levels, self.labels = [], []
-
-    def forward(self, x, sigma, labels=None):
-        self.levels.append(float(sigma))
-        self.labels.append(labels)
-        return super().forward(x, sigma)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -39,14 +27,14 @@ def test_the_row_is_the_sampler_that_it_names(solver, grid, monkeypatch):
     for order in ORDERS[solver]:
         row = {"solver": solver, "order": order, "grid": grid}
         monkeypatch.setattr(baselines, "_measured", lambda row=row: {"digits": {"4": row}})
-        teacher = Recorder()
+        teacher = five_blobs(0.3, Recorder)
         name, sampler = untrained_sampler(teacher, "digits", 4, 0.01, 40.0)
         got, levels = sampler(noise, labels), teacher.levels
         assert name == f"untrained ({solver_name(solver, order)}, {grid})"
         assert len(levels) == 4 and levels[0] == 40.0
         assert all(used is labels for used in teacher.labels)
         sigmas = sigma_grid(grid, steps_for(solver, 4), 0.01, 40.0)
-        plain = Recorder()
+        plain = five_blobs(0.3, Recorder)
         expected = SOLVERS[solver](plain, 40.0 * noise, sigmas, order=order)
         assert torch.equal(got, expected) and levels == plain.levels
 
@@ -60,7 +48,7 @@ def test_a_set_that_was_not_measured_says_so(capsys):
     baselines.say_once.cache_clear()
     assert best_untrained("folder", 4) == ("unipc", 3, "cosine")
     for _ in range(2):
-        name, sampler = untrained_sampler(Recorder(), "folder", 4)
+        name, sampler = untrained_sampler(five_blobs(0.3, Recorder), "folder", 4)
     assert name == "untrained (unipc3, cosine)"
     assert sampler(noise_from_seeds(range(2), (1, 2, 2)), None).shape == (2, 1, 2, 2)
     assert capsys.readouterr().out.count("not measured on folder with 4 evaluations") == 1
@@ -87,7 +75,7 @@ def test_every_hand_made_grid_is_in_the_kept_table(dataset):
 def test_a_cell_of_the_table_is_what_its_name_says():
     """The solver and grid of its name, though equal evaluations are made once."""
     noise = noise_from_seeds(range(3), (1, 2, 2))
-    shared, asked = grid_table.Remembering(Recorder()), 0
+    shared, asked = grid_table.Remembering(five_blobs(0.3, Recorder)), 0
     for nfe, grid in ((1, "edm"), (4, "vp"), (3, "cosine")):
         cells = grid_table.samplers_of(shared, grid_table.MOST, grid, nfe)
         names = [name for (name, _) in cells]
@@ -96,7 +84,7 @@ def test_a_cell_of_the_table_is_what_its_name_says():
         assert names == expected
         for (name, _), sampler in cells.items():
             solver, order = grid_table.NAMES[name.split(",")[0]]
-            plain = Recorder()
+            plain = five_blobs(0.3, Recorder)
             sigmas = sigma_grid(grid, steps_for(solver, nfe))
             got = SOLVERS[solver](plain, 80.0 * noise, sigmas, order=order)
             assert torch.equal(sampler(noise, None), got) and len(plain.levels) == nfe
@@ -141,7 +129,7 @@ def test_every_measured_choice_can_be_made():
     for dataset, counts in TABLE.items():
         for nfe, row in counts.items():
             assert best_untrained(dataset, int(nfe)) == (row["solver"], row["order"], row["grid"])
-            teacher = Recorder()
+            teacher = five_blobs(0.3, Recorder)
             noise = noise_from_seeds(range(2), (1, 2, 2))
             untrained_sampler(teacher, dataset, int(nfe))[1](noise, None)
             assert len(teacher.levels) == int(nfe)

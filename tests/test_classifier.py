@@ -10,14 +10,8 @@ from PIL import Image
 
 from common import UsageError, classifier, fid
 from common.classifier import (
-    Classifier,
-    ImageNetFeatures,
-    accuracy,
-    load_classifier,
-    random_shift,
-    read_classifier,
-    save_classifier,
-    train_classifier,
+    Classifier, ImageNetFeatures, accuracy, load_classifier, random_shift, read_classifier,
+    save_classifier, train_classifier,
 )
 from common.datasets import ASSETS, Dataset, load_dataset, to_float
 from common.machinery.files import load_weights, save_weights
@@ -307,13 +301,6 @@ def test_training_reduces_the_error(capsys):
     net, share = train_classifier("digits", steps=60)
     assert share > 0.85 and share == accuracy(net, load_dataset("digits", "test"))
     assert f"{100 * share:.2f} % of 297 held-out images" in capsys.readouterr().out
-
-
-def test_a_training_is_announced_with_its_purpose(capsys):
-    train_classifier("digits", seed=1, steps=8)
-    line = capsys.readouterr().out.splitlines()[0]
-    assert line.startswith("training a classifier of digits (seed 1) for the features of fid_un")
-    assert line.endswith(": 8 steps")
 
 
 def test_a_small_folder_takes_fewer_steps():

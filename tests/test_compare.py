@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,24 +72,27 @@ def count_evaluations(monkeypatch, script, *arguments):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_the_cost_is_what_the_training_does(script, tmp_path, monkeypatch):
+def test_the_cost_is_what_the_training_does(script, tmp_path, monkeypatch, tiny):
     names = {name for method, name, _ in compare.SERIES.values() if method == script.__name__}
     options = {dode: [["--solver", "ddim"]]}.get(script, [[]])
     if script is ld3:
         options = [["--objective", "soft"], ["--objective", "hard"]]
+    teacher = [] if script is cud else ["--teacher", tiny]
     for more in options:
-        counted, metrics = count_evaluations(monkeypatch, script, "--out", tmp_path, *more)
+        more = [*more, *teacher, "--out", tmp_path]
+        counted, metrics = count_evaluations(monkeypatch, script, *more)
         rows = [row for row in metrics["results"] if row["name"] not in ("teacher", "ddim", "edm")]
         rows = [row for row in rows if row["name"] in names]
         costs = [compare.training_cost(metrics, row, {}) for row in rows]
         assert max(costs) == counted
 
 
-def test_the_cost_of_cfd_has_the_part_of_pd_before_it(tmp_path, monkeypatch):
-    pd, after = tmp_path / "pd", tmp_path / "cfd"
-    _, pd_metrics = count_evaluations(monkeypatch, progressive, "--updates", 3, "--out", pd)
-    counted, metrics = count_evaluations(monkeypatch, cfd, "--pd", pd, "--out", after)
-    whole, metrics_alone = count_evaluations(monkeypatch, cfd, "--out", tmp_path / "alone")
+def test_the_cost_of_cfd_has_the_part_of_pd_before_it(tmp_path, monkeypatch, tiny):
+    count = partial(count_evaluations, monkeypatch)
+    pd, after, teacher = tmp_path / "pd", tmp_path / "cfd", ("--teacher", tiny)
+    _, pd_metrics = count(progressive, *teacher, "--updates", 3, "--out", pd)
+    counted, metrics = count(cfd, *teacher, "--pd", pd, "--out", after)
+    whole, metrics_alone = count(cfd, *teacher, "--out", tmp_path / "alone")
     row = {"name": "cfd", "nfe": 1}
     runs = {"progressive": pd_metrics}
     before = compare.training_cost(pd_metrics, {"nfe": 2}, runs)  # the smoke's CFD starts at 2

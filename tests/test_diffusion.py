@@ -20,16 +20,9 @@ from common.diffusion import (
     Denoiser, GaussianMixture, check_grid, expand, noise_from_seeds, sigma_grid, with_labels,
 )
 from common.solvers import euler
+from toy import close
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def close(a, b, tolerance):
-    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
-    assert a.shape == b.shape and torch.isfinite(a).all(), (a, b)
-    assert (a - b).abs().max() <= tolerance, (
-        f"largest deviation {(a - b).abs().max():.3g}, allowed {tolerance:.3g}"
-    )
 
 
 def draw(*shape, seed=0):

@@ -27,6 +27,7 @@ from common.solvers import (
     ADAMS_BASHFORTH, ORDERS, SOLVERS, TWO_EVALUATIONS, deis, dpm2, dpmpp, euler, heun, ipndm,
     steps_for, unipc, vp_time,
 )
+from toy import close
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [(name, order, {}) for name in ORDERS if name != "unipc" for order in ORDERS[name]]
@@ -44,14 +45,6 @@ every_solver = pytest.mark.parametrize(
 
 def tensor(*values):
     return torch.tensor(values, dtype=torch.float64)
-
-
-def close(a, b, tolerance):
-    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
-    assert a.shape == b.shape and torch.isfinite(a).all(), (a, b)
-    assert (a - b).abs().max() <= tolerance, (
-        f"largest deviation {(a - b).abs().max():.3g}, allowed {tolerance:.3g}"
-    )
 
 
 class Recorder:
