@@ -1,6 +1,5 @@
 """cfd.py against the official code (golden/README.md, 5), progressive.py, closed forms."""
 
-import ast
 import inspect
 import json
 import math
@@ -22,10 +21,11 @@ from common.diffusion import Denoiser, sigma_grid
 from common.machinery import ranks
 from common.machinery.run import Run
 from common.teacher import load_teacher
-from scripts import assert_refused, calls_under_bfloat16, run_script
+from scripts import assert_refused, differences, results, run_script, tiny_teacher, watch
 from test_progressive import (  # noqa: F401
-    FILE, KEYS, UNUSUAL, Case, assert_same_students, golden,
-    plain_training, student_parameters, tiny, tiny_teacher,
+    FILE, KEYS, UNUSUAL, Case, assert_same_students, golden, plain_training, student_parameters,
+    test_losses_are_float32_where_others_use_bfloat16, test_smoke_leaves_everything_behind,
+    test_the_teacher_sees_data_with_noise_of_its_level, tiny_config,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +34,12 @@ SETTINGS = [
     for run in json.loads(str(FILE["config"]))["runs"]
     for j, s in enumerate(run["rcfd"])
 ]
+
+
+@pytest.fixture
+def script():
+    """Of the tests that are also progressive's."""
+    return cfd
 
 
 def golden_classifier(x):
@@ -49,15 +55,7 @@ def test_shared_functions_have_one_source_text(name):
     assert ours == theirs and getattr(cfd, name) is not getattr(progressive, name)
 
 
-def test_a_diff_of_the_scripts_shows_what_differs():
-    """What both define stands in the same order, and the two losses by pixels agree."""
-    assert "progressive" not in vars(cfd) and "cfd" not in vars(progressive)
-    both = []
-    for script in (cfd, progressive):
-        tree = ast.parse(Path(script.__file__).read_text(encoding="utf-8"))
-        both.append([n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))])
-    ours, theirs = ([n for n in names if n in both[0] and n in both[1]] for names in both)
-    assert ours == theirs and ours[:3] == ["two_step_target", "pd_loss", "sample"]
+def test_the_losses_by_pixels_agree():
     target, guess = torch.rand(2, 6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     sigma = torch.logspace(-2, 2, len(guess))
     losses = [script.pd_loss(guess, target, sigma) for script in (cfd, progressive)]
@@ -167,15 +165,6 @@ def test_a_classifier_of_imagenet_and_where_it_cannot_be_had(monkeypatch):
 # ------------------------------------------------------------------------------- training
 
 
-def tiny_config(tiny, out, **more):  # noqa: F811
-    return cfd.Config(
-        **{
-            "teacher": tiny, "from_steps": 4, "cfd_from": 2, "updates": 3, "batch_size": 8,
-            "lr": 1e-3, "eval_n": 32, "out": str(out), "device": "cpu", **more,
-        }
-    )
-
-
 def stage_weights(folder, n):
     return load_file(Path(folder) / f"student-{n}.safetensors")
 
@@ -198,7 +187,7 @@ def classifier():
 def test_training_is_a_plain_loop(tmp_path, classifier):
     path = tiny_teacher(tmp_path / "tiny.safetensors", label_dim=10)
     weights = dict(beta=0.5, gamma=0.2, tau=0.5)
-    config = tiny_config(path, tmp_path / "run", **weights, **UNUSUAL)
+    config = tiny_config(path, tmp_path / "run", cfd, **weights, **UNUSUAL)
     teacher = load_teacher(path, "digits", torch.device("cpu"))
     cfd.train(config, teacher=teacher, classifier=classifier)
 
@@ -241,85 +230,38 @@ def test_diversity_is_of_the_images_of_all_ranks(monkeypatch):
         torch.testing.assert_close(gradient(logits[ours]) / 2, whole[ours])
 
 
-def test_diversity_is_not_cut_into_micro_batches(tiny, tmp_path):  # noqa: F811
-    config = tiny_config(tiny, tmp_path, beta=0.1, batch_per_gpu=4)
+def test_diversity_is_not_cut_into_micro_batches(tiny, tmp_path):
+    config = tiny_config(tiny, tmp_path, cfd, beta=0.1, batch_per_gpu=4)
     with pytest.raises(UsageError, match="--batch-per-gpu 4: must be at least 8: with --beta"):
         cfd.train(config)
 
 
-def test_losses_are_float32_where_others_use_bfloat16(tiny, tmp_path, monkeypatch):  # noqa: F811
-    """test_progressive.py shows why."""
-    seen = calls_under_bfloat16(monkeypatch, cfd, "pd_loss", "cfd_loss")
-    cfd.train(tiny_config(tiny, tmp_path, updates=1))
-    assert seen == [False] * 4
-
-
-def test_the_teacher_sees_data_with_noise_of_its_level(tiny, tmp_path, monkeypatch):  # noqa: F811
-    seen, original = [], cfd.two_step_target
-
-    def spy(teacher, x, *levels):
-        seen.append((x, *levels))
-        return original(teacher, x, *levels)
-
-    monkeypatch.setattr(cfd, "two_step_target", spy)
-    cfd.train(tiny_config(tiny, tmp_path, to_steps=2, nfe=2, batch_size=64))
-    x, sigma, sigma_mid, sigma_end = map(torch.cat, zip(*seen))
-    assert set(sigma.tolist()) == {80.0, 1.0}
-    assert (sigma > sigma_mid).all() and (sigma_mid > sigma_end).all()
-    assert 78 < x[sigma == 80].std() < 82
-    assert 0.9 < (x[sigma == 1].std() ** 2 - 0.57**2).sqrt() < 1.2
-
-
-def test_it_goes_on_from_a_run_of_progressive(tiny, tmp_path, monkeypatch):  # noqa: F811
-    pd = progressive.Config(
-        teacher=tiny, from_steps=4, updates=3, batch_size=8, eval_n=32, out=str(tmp_path / "pd"),
-        device="cpu",
-    )
-    progressive.train(pd)
-    teachers, original = [], cfd.two_step_target
-    monkeypatch.setattr(
-        cfd,
-        "two_step_target",
-        lambda teacher, *a: teachers.append(teacher.func) or original(teacher, *a),
-    )
-    config = tiny_config(tiny, tmp_path / "cfd", pd=str(tmp_path / "pd"))
-    assert cfd.stages_of(config) == [(1, 6)]
+def test_it_goes_on_from_a_run_of_progressive(tiny, tmp_path, monkeypatch):
+    progressive.train(tiny_config(tiny, tmp_path / "pd"))
+    calls = watch(monkeypatch, cfd, "two_step_target")
+    config = tiny_config(tiny, tmp_path / "cfd", cfd, pd=str(tmp_path / "pd"))
+    assert cfd.stages_of(config) == [(1, 8)]
     cfd.train(config)
-    two, pd_one, one = (
-        stage_weights(tmp_path / "pd", 2),
-        stage_weights(tmp_path / "pd", 1),
-        stage_weights(tmp_path / "cfd", 1),
-    )
-    assert all(torch.equal(v, two[k]) for k, v in teachers[0].state_dict().items())
-    assert any(not torch.equal(one[k], pd_one[k]) for k in one) and any(
-        not torch.equal(one[k], two[k]) for k in one
-    )
+    two, pd_one, one = (stage_weights(tmp_path / run, n) for run, n in (
+        ("pd", 2), ("pd", 1), ("cfd", 1)
+    ))
+    assert not differences(calls[0][0].func.state_dict(), two)
+    assert differences(one, pd_one) and differences(one, two)
 
 
-def test_resumed_training_equals_an_uninterrupted_one_bitwise(
-    tiny, tmp_path, monkeypatch  # noqa: F811
-):
+def test_resumed_training_equals_an_uninterrupted_one_bitwise(tiny, tmp_path, monkeypatch):
     more = dict(beta=0.003, tau=0.95)
-    whole = cfd.train(tiny_config(tiny, tmp_path / "whole", **more))
-    config, original, calls = tiny_config(tiny, tmp_path / "cut", **more), cfd.cfd_loss, []
-
-    def crash(*arguments):
-        calls.append(1)
-        return original(*arguments) if len(calls) < 3 else 1 / 0
-
-    monkeypatch.setattr(cfd, "cfd_loss", crash)
+    whole = cfd.train(tiny_config(tiny, tmp_path / "whole", cfd, **more))
+    config = tiny_config(tiny, tmp_path / "cut", cfd, **more)
+    watch(monkeypatch, cfd, "cfd_loss", fails_at=3)
     with pytest.raises(ZeroDivisionError):
         cfd.train(config, Run("cfd", config, checkpoint_seconds=0))
-    monkeypatch.setattr(cfd, "cfd_loss", original)
     config.resume = True
     run = Run("cfd", config)
-    assert run.restored["step"] == 8
+    assert run.restored["step"] == 8 + 2
     resumed = cfd.train(config, run)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
-    assert all(
-        torch.equal(v, stage_weights(tmp_path / "cut", 1)[k])
-        for k, v in stage_weights(tmp_path / "whole", 1).items()
-    )
+    assert not differences(whole.state_dict(), resumed.state_dict())
+    assert not differences(*(stage_weights(tmp_path / name, 1) for name in ("whole", "cut")))
 
 
 # ----------------------------------------------------------------------- the command line
@@ -327,35 +269,13 @@ def test_resumed_training_equals_an_uninterrupted_one_bitwise(
 run_main = partial(run_script, cfd)
 
 
-def test_smoke_leaves_everything_behind(monkeypatch, tmp_path):
-    run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert [(r["name"].split(" ")[0], r["nfe"]) for r in metrics["results"]] == [
-        *(("ddim", 4), ("ddim-edm", 4), ("untrained", 4)),
-        *(("ddim", 2), ("ddim-edm", 2), ("untrained", 2), ("pd", 2)),
-        *(("ddim", 1), ("ddim-edm", 1), ("untrained", 1), ("cfd", 1), ("teacher", 35)),
-    ]
-    assert all(
-        math.isfinite(r["fid"]) and math.isfinite(r["fid_unseen"]) and r["fid_n"] == 32
-        for r in metrics["results"]
-    )
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "metrics.json", "samples.png", "samples.npz", "errors.npz", "fid.png", "log.jsonl",
-        "checkpoint.pt", "student-2.safetensors", "student-1.safetensors",
-    }
-
-
-def test_with_pd_both_are_measured(monkeypatch, tmp_path, tiny):  # noqa: F811
-    pd = progressive.Config(
-        teacher=tiny, from_steps=4, updates=2, batch_size=8, eval_n=32, out=str(tmp_path / "pd"),
-        device="cpu",
-    )
-    progressive.train(pd)
+def test_with_pd_both_are_measured(monkeypatch, tmp_path, tiny):
+    progressive.train(tiny_config(tiny, tmp_path / "pd", updates=2))
     run_main(
         monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "cfd", "--teacher", tiny,
         "--pd", tmp_path / "pd",
     )
-    rows = json.loads((tmp_path / "cfd" / "metrics.json").read_text())["results"]
+    rows = results(tmp_path / "cfd")
     assert [(r["name"], r["nfe"]) for r in rows if r["name"] in ("pd", "cfd")] == [
         ("pd", 2), ("pd", 1), ("cfd", 1),
     ]
@@ -371,9 +291,7 @@ class Measured(Exception):
     "script, more",
     [(progressive, ()), (progressive, ("--prediction", "v")), (cfd, ()), (cfd, ("--pd", "PD"))],
 )
-def test_every_row_is_what_its_name_says(
-    monkeypatch, tmp_path, tiny, script, more  # noqa: F811
-):
+def test_every_row_is_what_its_name_says(monkeypatch, tmp_path, tiny, script, more):
     """Each sampler that `main` measures: network, noise levels, evaluations and images."""
     common = "--device", "cpu", "--smoke", "--sigma-max", 40, "--teacher", tiny
     run_script(progressive, monkeypatch, *common, "--out", tmp_path / "pd")
@@ -443,15 +361,10 @@ def test_every_row_is_what_its_name_says(
     ],
 )
 def test_pd_of_another_kind_is_refused(
-    monkeypatch, tmp_path, tiny, capsys, prediction, other, said  # noqa: F811
+    monkeypatch, tmp_path, tiny, capsys, prediction, other, said
 ):
     """A network that predicts v, taken for a denoiser, would run without complaint."""
-    progressive.train(
-        progressive.Config(
-            teacher=tiny, from_steps=4, updates=1, batch_size=4, out=str(tmp_path / "pd"),
-            device="cpu", prediction=prediction,
-        )
-    )
+    progressive.train(tiny_config(tiny, tmp_path / "pd", updates=1, prediction=prediction))
     with pytest.raises(UsageError, match=f"student-2.safetensors.*{said}"):
         run_main(
             monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "cfd", "--pd",
@@ -477,16 +390,17 @@ def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments,
 
 
 @pytest.mark.slow
-def test_a_short_training_beats_ddim(tmp_path):
-    """Digits, 8 -> 4 in 100 updates by features alone: a lower FID than 4 DDIM steps, also in
-    features that the loss has not seen.
-    """
+@pytest.mark.parametrize("script, name, spaces, factor", [
+    ("progressive.py", "pd", ["fid"], 0.6),
+    ("cfd.py", "cfd", ["fid", "fid_unseen"], 0.8),  # by features; also in those it has not seen
+])
+def test_a_short_training_beats_ddim(tmp_path, script, name, spaces, factor):
+    """Digits, 8 -> 4 in 100 updates: a lower FID than the teacher's with 4 DDIM steps."""
     options = "--from-steps 8 --to-steps 4 --updates 100 --nfe 4 --eval-n 512".split()
     subprocess.run(
-        [sys.executable, "cfd.py", "--device", "cpu", *options, "--out", str(tmp_path)],
+        [sys.executable, script, "--device", "cpu", *options, "--out", str(tmp_path)],
         cwd=ROOT, check=True, capture_output=True,
     )
-    rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
-    for space in ("fid", "fid_unseen"):
-        fid = {r["name"]: r[space] for r in rows}
-        assert fid["cfd"] < 0.8 * min(fid["ddim"], fid["ddim-edm"]), fid
+    for space in spaces:
+        fid = {row["name"]: row[space] for row in results(tmp_path)}
+        assert fid[name] < factor * min(fid["ddim"], fid["ddim-edm"]), fid

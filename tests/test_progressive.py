@@ -3,8 +3,6 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +21,11 @@ from common.diffusion import (
 )
 from common.machinery.run import Run
 from common.solvers import euler
-from common.teacher import load_teacher, save_teacher
-from common.unet import ddpmpp
+from common.teacher import load_teacher
 from notebooks import losses
-from scripts import assert_refused, calls_under_bfloat16, run_script
+from scripts import assert_refused, calls_under_bfloat16, results, run_script, tiny_teacher, watch
 
-ROOT = Path(__file__).parent.parent
-FILE = np.load(ROOT / "tests" / "golden" / "pd_cfd.npz")
+FILE = np.load(Path(__file__).parent / "golden" / "pd_cfd.npz")
 KEYS = [run["key"] for run in json.loads(str(FILE["config"]))["runs"]]
 
 
@@ -65,6 +61,12 @@ class Case:
 
 def student_parameters():
     return [golden(f"student_{k}").clone().requires_grad_(True) for k in "abc"]
+
+
+@pytest.fixture
+def script():
+    """Of the tests that ask for it: test_cfd.py has them once more, with cfd."""
+    return progressive
 
 
 # ----------------------------------------------------------------------------- the method
@@ -312,33 +314,11 @@ def test_trained_on_one_gaussian_it_is_the_exact_map(tmp_path):
     assert (ours - truth).square().mean().sqrt() < 0.02 * (plain - truth).square().mean().sqrt()
 
 
-def tiny_teacher(path, label_dim=0):
-    """A teacher file of a few thousand parameters, with dropout, which is off in distillation."""
-    torch.manual_seed(0)
-    kwargs = dict(
-        img_resolution=8, img_channels=1, label_dim=label_dim, model_channels=8, channel_mult=[1],
-        num_blocks=1, attn_resolutions=[], dropout=0.5,
-    )
-    denoiser = Denoiser(ddpmpp(**kwargs))
-    with torch.no_grad():
-        for p in denoiser.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    save_teacher(path, denoiser, "ddpmpp", kwargs, "digits")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny.safetensors")
-
-
-def tiny_config(tiny, out, **more):
-    return progressive.Config(
-        **{
-            "teacher": tiny, "from_steps": 4, "updates": 4, "batch_size": 8, "lr": 1e-3,
-            "eval_n": 32, "out": str(out), "device": "cpu", **more,
-        }
-    )
+def tiny_config(tiny, out, script=progressive, **more):
+    """Of `script`, progressive or cfd: two stages of a few updates."""
+    given = dict(from_steps=4, updates=4, batch_size=8, lr=1e-3, eval_n=32, out=str(out))
+    given |= {} if script is progressive else {"cfd_from": 2}
+    return script.Config(**{**given, "teacher": tiny, "device": "cpu", **more})
 
 
 def plain_training(config, teacher, stages, lr, loss):
@@ -423,18 +403,12 @@ def test_resumed_training_equals_an_uninterrupted_one_bitwise(
 ):
     """Cut in the middle of a stage whose teacher is a student: it is in the checkpoint too."""
     whole = progressive.train(tiny_config(tiny, tmp_path / "whole", **more))
-    config, original, calls = tiny_config(tiny, tmp_path / "cut", **more), progressive.pd_loss, []
+    config = tiny_config(tiny, tmp_path / "cut", **more)
     ends = np.cumsum([updates for _, updates in progressive.stages_of(config)])
     assert ends[-2 if not more else -3] < at < ends[-1 if not more else -2]
-
-    def crash(*arguments):
-        calls.append(1)
-        return original(*arguments) if len(calls) <= at else 1 / 0
-
-    monkeypatch.setattr(progressive, "pd_loss", crash)
+    watch(monkeypatch, progressive, "pd_loss", fails_at=at + 1)
     with pytest.raises(ZeroDivisionError):
         progressive.train(config, Run("progressive", config, checkpoint_seconds=0))
-    monkeypatch.setattr(progressive, "pd_loss", original)
     config.resume = True
     run = Run("progressive", config)
     assert run.restored["step"] == at
@@ -456,29 +430,26 @@ def test_another_prediction_starts_near_the_teacher_where_noise_is_low(tiny, pre
     assert torch.equal(again(x, sigma), teacher(x, sigma))  # the teacher is as it was
 
 
-def test_every_stage_starts_from_the_one_before(tiny, tmp_path):
+def test_every_stage_starts_from_the_one_before(tiny, tmp_path, monkeypatch):
     """The second stage alone, from the 2-step student, begins where the first one ended."""
     progressive.train(tiny_config(tiny, tmp_path / "run"))
-    targets, original = [], progressive.two_step_target
     path = str(tmp_path / "run" / "student-2.safetensors")
     student = load_teacher(path, "digits", torch.device("cpu"))
-    config = tiny_config(path, tmp_path / "part", from_steps=2)
-    assert progressive.stages_of(config) == [(1, 8)]
+    by_student, original = [], progressive.two_step_target  # was it the teacher, in each call?
 
     def spy(teacher, x, *levels):
         parameters = teacher.func.parameters()  # without the labels
-        targets.append(all(torch.equal(a, b) for a, b in zip(parameters, student.parameters())))
+        by_student.append(all(torch.equal(a, b) for a, b in zip(parameters, student.parameters())))
         return original(teacher, x, *levels)
 
-    progressive.two_step_target = spy
-    try:
-        progressive.train(config)
-        assert targets == [True] * 8  # the teacher of the stage is frozen
-        targets.clear()
-        progressive.train(tiny_config(tiny, tmp_path / "again"))
-        assert targets == [False] * 8 + [True] * 8
-    finally:
-        progressive.two_step_target = original
+    monkeypatch.setattr(progressive, "two_step_target", spy)
+    config = tiny_config(path, tmp_path / "part", from_steps=2)
+    assert progressive.stages_of(config) == [(1, 8)]
+    progressive.train(config)
+    assert by_student == [True] * 8  # the teacher of the stage is frozen
+    by_student.clear()
+    progressive.train(tiny_config(tiny, tmp_path / "again"))
+    assert by_student == [False] * 8 + [True] * 8
 
 
 def test_a_conditional_teacher_and_its_student_see_the_labels_of_the_images(tmp_path, monkeypatch):
@@ -487,55 +458,38 @@ def test_a_conditional_teacher_and_its_student_see_the_labels_of_the_images(tmp_
     )
     stream = Stream(load_dataset("digits"), 8, config.seed)
     labels = [stream.next()[1] for _ in range(8)]
-    seen, original = [], Denoiser.forward
-
-    def spy(self, x, sigma, labels=None):
-        seen.append(labels)
-        return original(self, x, sigma, labels)
-
-    monkeypatch.setattr(Denoiser, "forward", spy)
+    calls = watch(monkeypatch, Denoiser, "forward")
     progressive.train(config)
-    assert len(seen) == 24  # an update evaluates the teacher twice, the student once
-    assert all(torch.equal(a, labels[i // 3]) for i, a in enumerate(seen))
+    assert len(calls) == 24  # an update evaluates the teacher twice, the student once
+    assert all(torch.equal(call[3], labels[i // 3]) for i, call in enumerate(calls))
 
 
-def test_the_teacher_sees_data_with_noise_of_its_level(tiny, tmp_path, monkeypatch):
-    seen, original = [], progressive.two_step_target
-    monkeypatch.setattr(
-        progressive,
-        "two_step_target",
-        lambda teacher, x, *s: seen.append((x, *s)) or original(teacher, x, *s),
-    )
-    progressive.train(tiny_config(tiny, tmp_path, to_steps=2, batch_size=64))
-    x, sigma = torch.cat([a[0] for a in seen]), torch.cat([a[1] for a in seen])
-    assert set(sigma.tolist()) == {80.0, 1.0} and all(
-        (a[1] > a[2]).all() and (a[2] > a[3]).all() for a in seen
-    )
-    assert (
-        78 < x[sigma == 80].std() < 82 and 0.9 < (x[sigma == 1].std() ** 2 - 0.57**2).sqrt() < 1.2
-    )
+def test_the_teacher_sees_data_with_noise_of_its_level(script, tiny, tmp_path, monkeypatch):
+    calls = watch(monkeypatch, script, "two_step_target")
+    script.train(tiny_config(tiny, tmp_path, script, to_steps=2, nfe=2, batch_size=64))
+    x, sigma, sigma_mid, sigma_end = map(torch.cat, list(zip(*calls))[1:])
+    assert set(sigma.tolist()) == {80.0, 1.0}
+    assert (sigma > sigma_mid).all() and (sigma_mid > sigma_end).all()
+    assert 78 < x[sigma == 80].std() < 82
+    assert 0.9 < (x[sigma == 1].std() ** 2 - 0.57**2).sqrt() < 1.2
 
 
 def test_another_prediction_is_first_translated(tiny, tmp_path, monkeypatch):
     """The first stage regresses onto the teacher itself, at four times the rate."""
     teacher = load_teacher(tiny, "digits", torch.device("cpu"))
-    outputs, targets, rates = [], [], []
+    outputs, rates, step = [], [], torch.optim.Adam.step
     teacher.register_forward_hook(lambda module, arguments, output: outputs.append(output))
-    loss, step = progressive.pd_loss, torch.optim.Adam.step
-
-    def spy_loss(x0_hat, target, *arguments):
-        targets.append(target)
-        return loss(x0_hat, target, *arguments)
+    losses = watch(monkeypatch, progressive, "pd_loss")
 
     def spy_step(self, *arguments):
         rates.append(self.param_groups[0]["lr"])
         return step(self, *arguments)
 
-    monkeypatch.setattr(progressive, "pd_loss", spy_loss)
     monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
     config = tiny_config(tiny, tmp_path, prediction="v", to_steps=2, updates=2, lr=1e-3)
     progressive.train(config, teacher=teacher)
-    assert len(outputs) == 8 and all(map(torch.equal, outputs, targets))
+    assert len(outputs) == 8
+    assert all(torch.equal(output, target) for output, (_, target, *_) in zip(outputs, losses))
     first, second = [4e-3 * (1 - k / 8) for k in range(8)], [1e-3 * (1 - k / 4) for k in range(4)]
     np.testing.assert_allclose(rates, first + second)
 
@@ -567,9 +521,10 @@ def test_bfloat16_loses_the_gradient_at_many_steps():
     assert cosines[0] > 0.9 and cosines[1] < 0.7, cosines
 
 
-def test_losses_are_float32_where_others_use_bfloat16(tiny, tmp_path, monkeypatch):
-    seen = calls_under_bfloat16(monkeypatch, progressive, "pd_loss")
-    progressive.train(tiny_config(tiny, tmp_path, updates=1))
+def test_losses_are_float32_where_others_use_bfloat16(script, tiny, tmp_path, monkeypatch):
+    names = [name for name in ("pd_loss", "cfd_loss") if hasattr(script, name)]
+    seen = calls_under_bfloat16(monkeypatch, script, *names)
+    script.train(tiny_config(tiny, tmp_path, script, updates=1))
     assert seen == [False] * 4
 
 
@@ -578,35 +533,30 @@ def test_losses_are_float32_where_others_use_bfloat16(tiny, tmp_path, monkeypatc
 run_main = partial(run_script, progressive)
 
 
-def test_smoke_leaves_everything_behind(monkeypatch, tmp_path, capsys):
-    run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert [(r["name"].split(" ")[0], r["nfe"]) for r in metrics["results"]] == [
+def test_smoke_leaves_everything_behind(script, monkeypatch, tmp_path, tiny, capsys):
+    command = ("--smoke", "--device", "cpu", "--teacher", tiny, "--out", tmp_path)
+    run_script(script, monkeypatch, *command)
+    rows, last = results(tmp_path), "pd" if script is progressive else "cfd"
+    assert [(row["name"].split(" ")[0], row["nfe"]) for row in rows] == [
         *(("ddim", 4), ("ddim-edm", 4), ("untrained", 4)),
         *(("ddim", 2), ("ddim-edm", 2), ("untrained", 2), ("pd", 2)),
-        *(("ddim", 1), ("ddim-edm", 1), ("untrained", 1), ("pd", 1), ("teacher", 35)),
+        *(("ddim", 1), ("ddim-edm", 1), ("untrained", 1), (last, 1), ("teacher", 35)),
     ]
-    assert all(
-        math.isfinite(r["fid"]) and r["fid_n"] == 32 and r["fid_features"] == "digits-classifier"
-        for r in metrics["results"]
-    )
-    assert all(
-        math.isfinite(r["fid_unseen"]) and "seed1" in r["fid_unseen_features"]
-        for r in metrics["results"]
-    )
+    for row in rows:
+        assert math.isfinite(row["fid"]) and row["fid_n"] == 32
+        assert math.isfinite(row["fid_unseen"]) and "seed1" in row["fid_unseen_features"]
+        assert row["fid_features"] == "digits-classifier"
     assert {p.name for p in tmp_path.iterdir()} == {
         "metrics.json", "samples.png", "samples.npz", "errors.npz", "fid.png", "log.jsonl",
         "checkpoint.pt", "student-2.safetensors", "student-1.safetensors",
     }
-    meanings = losses.save_losses(tmp_path, "progressive")
-    assert meanings[0].startswith("loss: ") and (tmp_path / "losses.png").stat().st_size > 5000
-    assert list(losses.curves_of(tmp_path)) == ["2-step student", "1-step student"]
-    by_name = {(r["name"], r["nfe"]): r["rmse_to_teacher"] for r in metrics["results"]}
+    by_name = {(row["name"], row["nfe"]): row["rmse_to_teacher"] for row in rows}
     assert by_name["ddim", 4] < by_name["ddim", 1] and by_name["teacher", 35] == 0
     first = capsys.readouterr().out.split("name ", 1)[1].splitlines()[1:13]
-    run_main(
-        monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path, "--resume"
-    )  # only measures
+    meanings = losses.save_losses(tmp_path, script.__name__)
+    assert meanings[0].startswith("loss: ") and (tmp_path / "losses.png").stat().st_size > 5000
+    assert list(losses.curves_of(tmp_path)) == ["2-step student", "1-step student"]
+    run_script(script, monkeypatch, *command, "--resume")  # only measures
     assert capsys.readouterr().out.split("name ", 1)[1].splitlines()[1:13] == first
 
 
@@ -615,7 +565,7 @@ def test_a_student_can_be_sampled_later(monkeypatch, tmp_path, tiny):
     student = tmp_path / "a" / "student-1.safetensors"
     more = "--teacher", student, "--from-steps", 1, "--nfe", 1
     run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path / "b", *more)
-    a, b = (json.loads((tmp_path / k / "metrics.json").read_text())["results"] for k in "ab")
+    a, b = (results(tmp_path / k) for k in "ab")
     ours = next(r for r in a if (r["name"], r["nfe"]) == ("pd", 1))
     again = next(r for r in b if (r["name"], r["nfe"]) == ("ddim", 1))  # no training at all
     assert ours["fid"] == again["fid"] and "pd" not in [r["name"] for r in b]
@@ -624,7 +574,7 @@ def test_a_student_can_be_sampled_later(monkeypatch, tmp_path, tiny):
 def test_a_network_of_another_prediction_is_no_teacher(monkeypatch, tmp_path, tiny):
     more = "--teacher", tiny, "--prediction", "eps"
     run_main(monkeypatch, "--smoke", "--device", "cpu", "--out", tmp_path, *more)
-    rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    rows = results(tmp_path)
     assert [r["nfe"] for r in rows if r["name"] == "pd"] == [4, 2, 1]
     with pytest.raises(UsageError, match="eps-predicting student"):
         load_teacher(str(tmp_path / "student-1.safetensors"), "digits", torch.device("cpu"))
@@ -652,17 +602,3 @@ def test_a_network_of_another_prediction_is_no_teacher(monkeypatch, tmp_path, ti
 )
 def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments, names):
     assert_refused(progressive, monkeypatch, tmp_path, arguments, names)
-
-
-@pytest.mark.slow
-def test_a_short_training_beats_ddim(tmp_path):
-    """Digits, 8 -> 4 in 100 updates: a far lower FID than the teacher's with 4 DDIM steps."""
-    options = "--from-steps 8 --to-steps 4 --updates 100 --nfe 4 --eval-n 512".split()
-    subprocess.run(
-        [sys.executable, "progressive.py", "--device", "cpu", *options, "--out", str(tmp_path)],
-        cwd=ROOT, check=True, capture_output=True,
-    )
-    fid = {
-        r["name"]: r["fid"] for r in json.loads((tmp_path / "metrics.json").read_text())["results"]
-    }
-    assert fid["pd"] < 0.6 * min(fid["ddim"], fid["ddim-edm"]), fid
