@@ -3,9 +3,6 @@
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +23,7 @@ from common.machinery.run import Run
 from common.solvers import SOLVERS
 from common.teacher import load_teacher
 from common.unet import ddpmpp
-from scripts import EVERYWHERE, assert_refused, run_script
+from scripts import EVERYWHERE, assert_refused, differences, results, run_script, watch
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = np.load(ROOT / "tests" / "golden" / "cud.npz")
@@ -54,30 +51,6 @@ def from_notebook(name):
 def official_step(rule, t, u, tn):
     """h (B,) by the official --step-rule. cud.py has the first, the others serve the goldens."""
     return {"uniform": u, "rule": t, "origin": torch.ones_like(u)}[rule] / tn
-
-
-def exact_targets(velocity, z, t, h, k1, flow_target, heads=1):
-    """catch_up_targets with Runge-Kutta weights of the order that their names promise.
-
-    RK23: the midpoint rule for 2 h. RK34: with 4 k1 - 2 k2 the errors of k2 and k3 cancel in the
-    step h; Simpson's rule for 2 h and Heun's of order 3 for 3 h, for one evaluation more.
-    """
-
-    def v(point, i):
-        return velocity(point, (t - i * h).clamp(cud.EPS, 1))[0]
-
-    s = expand(h, z)
-    k2 = v(z - s * k1, 1)
-    targets = [k2]
-    if heads == 2:
-        targets = [v(z - s * (k1 + k2) / 2, 1), v(z - 2 * s * k2, 2)]
-    if heads == 3:
-        k3 = v(z - s * (4 * k1 - 2 * k2), 2)
-        targets = [v(z - s * (5 / 12 * k1 + 2 / 3 * k2 - 1 / 12 * k3), 1)]
-        k3 = v(z - 2 * s * targets[0], 2)
-        targets.append(v(z - s * (k1 + 4 * targets[0] + k3) / 3, 2))
-        targets.append(v(z - s * (3 * k1 + 9 * k3) / 4, 3))
-    return torch.where(expand(t >= cud.EPS + heads * h, z) > 0, torch.stack(targets), flow_target)
 
 
 class GoldenVelocity(nn.Module):
@@ -210,10 +183,7 @@ def one_point(point, heads=1):
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3])
-@pytest.mark.parametrize("exact", [False, True])
-def test_for_data_at_one_point_both_terms_vanish_at_the_exact_velocity(heads, exact, monkeypatch):
-    if exact:
-        monkeypatch.setattr(cud, "catch_up_targets", exact_targets)
+def test_for_data_at_one_point_both_terms_vanish_at_the_exact_velocity(heads):
     torch.manual_seed(0)
     point = torch.tensor([[[[0.4, -0.3]]]], dtype=torch.float64)
     z1 = torch.randn(64, 1, 1, 2, dtype=torch.float64)
@@ -235,11 +205,9 @@ def test_for_data_at_one_point_both_terms_vanish_at_the_exact_velocity(heads, ex
     assert straight[1].max() < 1e-10 < 1e-3 < bent[1].max()
 
 
-def orders(heads, targets_of):
-    """The observed order of every target's step.
-
-    The error of v at its end falls by 2^(order + 1) when h is halved.
-    """
+@pytest.mark.parametrize("heads, expected", [(1, [1]), (2, [2, 1]), (3, [2, 1, 1])])
+def test_the_official_weights_have_these_orders(heads, expected):
+    """The error of v at the end of a target's step falls by 2^(order + 1) when h is halved."""
 
     def velocity(z, t, heads=1):
         return (torch.sin(2 * z) + expand(t, z) * z.cos() - 1.5)[None]
@@ -260,26 +228,11 @@ def orders(heads, targets_of):
     t = torch.full((7,), 0.9, dtype=torch.float64)
     for h in (0.04, 0.02):
         h = torch.full((7,), h, dtype=torch.float64)
-        got = targets_of(velocity, z, t, h, velocity(z, t)[0], z * 0, heads)
-        expected = [velocity(flow(z, t, t - i * h), t - i * h)[0] for i in range(1, heads + 1)]
-        errors.append((got - torch.stack(expected)).abs().mean((1, 2)))
-    return ((errors[0] / errors[1]).log2() - 1).tolist()
-
-
-@pytest.mark.parametrize(
-    "heads, exact, expected",
-    [
-        (1, False, [1]),
-        (1, True, [1]),
-        (2, False, [2, 1]),
-        (2, True, [2, 2]),
-        (3, False, [2, 1, 1]),
-        (3, True, [3, 3, 3]),
-    ],
-)
-def test_exact_weights_have_their_order_and_the_official_ones_have_not(heads, exact, expected):
-    targets_of = exact_targets if exact else cud.catch_up_targets
-    assert orders(heads, targets_of) == pytest.approx(expected, abs=0.25)
+        got = cud.catch_up_targets(velocity, z, t, h, velocity(z, t)[0], z * 0, heads)
+        exact = [velocity(flow(z, t, t - i * h), t - i * h)[0] for i in range(1, heads + 1)]
+        errors.append((got - torch.stack(exact)).abs().mean((1, 2)))
+    orders = ((errors[0] / errors[1]).log2() - 1).tolist()
+    assert orders == pytest.approx(expected, abs=0.25)
 
 
 def test_targets_have_no_gradient_and_come_from_the_current_weights():
@@ -296,34 +249,6 @@ def test_targets_have_no_gradient_and_come_from_the_current_weights():
     assert loss.item() == pytest.approx((0.4 - 0.3) ** 2 + (0.4 - 0.8) ** 2)
     loss.backward()
     assert scale.grad.item() == pytest.approx(2 * 0.4 * (0.4 - 0.3) + 2 * 0.4 * (0.4 - 0.8))
-
-
-def catch_up_gradient(teacher, tn):
-    """Of the catch-up term, on the velocity of the shipped teacher, flat."""
-    teacher.zero_grad()
-    generator = torch.Generator().manual_seed(0)
-    x0, _ = Stream(load_dataset("digits"), 32, 0).next()
-    z1 = torch.randn(x0.shape, generator=generator)
-    t, u = torch.rand(2, 32, generator=generator)
-
-    def velocity(z, t, heads=1):
-        x, sigma = edm_from_flow(z, t)
-        return ((z - teacher(x, sigma.flatten())) / expand(t, z))[None]
-
-    cud.catch_up_loss(velocity, x0, z1, 0.05 + 0.9 * t, u / tn, w=2).backward()
-    return torch.cat([p.grad.flatten() for p in teacher.parameters() if p.grad is not None])
-
-
-def test_bfloat16_keeps_the_gradient_at_the_paper_s_steps_but_not_at_far_smaller_ones():
-    """Why CUD may train under autocast and PD not: its two times are up to 1 / TN apart."""
-    teacher, cosines = load_teacher(None, "digits", torch.device("cpu")), []
-    teacher.requires_grad_(True)
-    for tn in (16, 1600):
-        exact = catch_up_gradient(teacher, tn)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = catch_up_gradient(teacher, tn)
-        cosines.append(torch.cosine_similarity(exact, rounded, dim=0).item())
-    assert cosines[0] > 0.98 and cosines[1] < 0.6, cosines
 
 
 def test_the_encoder_gets_a_gradient_through_the_flow():
@@ -502,20 +427,8 @@ def test_training_is_what_a_plain_loop_does(tmp_path):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
 
 
-def watch(monkeypatch, name):
-    """Record the arguments of every call of cud.name."""
-    calls, original = [], getattr(cud, name)
-
-    def watched(*arguments):
-        calls.append(arguments)
-        return original(*arguments)
-
-    monkeypatch.setattr(cud, name, watched)
-    return calls
-
-
 def test_both_flows_see_the_same(tmp_path, monkeypatch):
-    ours, theirs = watch(monkeypatch, "catch_up_loss"), watch(monkeypatch, "flow_loss")
+    ours, theirs = (watch(monkeypatch, cud, name) for name in ("catch_up_loss", "flow_loss"))
     cud.train(tiny(tmp_path, baseline=True))
     for a, b in zip(ours, theirs):
         for k in (1, 2, 3):  # x0, z1, t
@@ -536,7 +449,7 @@ def test_evaluations_are_counted_as_they_are_and_targets_have_no_gradient(
         return original(self, z, t, heads)
 
     monkeypatch.setattr(cud.Velocity, "forward", watched)
-    flow_iterations = watch(monkeypatch, "flow_loss")
+    flow_iterations = watch(monkeypatch, cud, "flow_loss")
     cud.train(tiny(tmp_path, rk=rk, steps=3, baseline=True, dropout=0.2))
     step = [(True, True)] + [(True, False)] * (evaluations - 1)
     assert modes[: 2 * evaluations] == 2 * step
@@ -551,9 +464,9 @@ def test_coupling_and_kl_weight_reach_the_loss(tmp_path, monkeypatch):
 
     z1 is the encoder's, and the encoder is trained.
     """
-    original, seen, losses = cud.encode, watch(monkeypatch, "catch_up_loss"), []
+    original, seen, losses = cud.encode, watch(monkeypatch, cud, "catch_up_loss"), []
     monkeypatch.setattr(cud, "encode", lambda *a: (original(*a)[0], torch.tensor(0.7)))
-    encoded = watch(monkeypatch, "encode")
+    encoded = watch(monkeypatch, cud, "encode")
     for weight in (0.0, 20.0):
         config = tiny(tmp_path, independent=False, steps=1, kl_weight=weight)
         run = Run("cud", config)
@@ -577,7 +490,7 @@ def test_coupling_and_kl_weight_reach_the_loss(tmp_path, monkeypatch):
 def test_the_student_starts_from_the_ema_and_takes_its_targets_one_after_another(
     tmp_path, monkeypatch
 ):
-    losses = watch(monkeypatch, "one_step_loss")
+    losses = watch(monkeypatch, cud, "one_step_loss")
     starts, original = [], cud.same_start
 
     def watched(run, stream, optimizer, start, *nets):
@@ -671,14 +584,6 @@ def test_the_head_that_is_sampled_is_the_official_one(rk):
     assert cud.Config(rk=rk).head == int(rk[0])
 
 
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def test_labels_need_classes(tmp_path):
     for name in ("a.png", "b.png"):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name)
@@ -738,57 +643,49 @@ def test_resume_is_bitwise(tmp_path, monkeypatch, calls, whole=[]):  # noqa: B00
     if not whole:
         cud.train(tiny(tmp_path / "whole", **EVERYTHING))
         whole.append(torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True))
-    update, done = cud.ema_update, []
-
-    def counted(*arguments):
-        done.append(1)
-        return update(*arguments) if len(done) != calls + 1 else 1 / 0
-
-    monkeypatch.setattr(cud, "ema_update", counted)
+    done = watch(monkeypatch, cud, "ema_update", fails_at=calls + 1)
     config = tiny(tmp_path / "cut", **EVERYTHING)
     with pytest.raises(ZeroDivisionError):
         cud.train(config, Run("cud", config, checkpoint_seconds=0))
-    done.clear()
-    done.extend([1] * 100)
     torch.manual_seed(12345)
     config.resume = True
     cud.train(config)
     cut = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
-    assert len(done) == 100 + 11 - calls
+    assert len(done) == 11 + 1
     for key in ("parts", "rng", "step"):
-        assert same(cut[key], whole[0][key]), key
+        assert not differences(cut[key], whole[0][key]), key
     assert set(cut["parts"]) == {"trained", "emas", "optimizer", "stream"}
 
 
-RANKS = """
-import sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import torch, cud
-from test_cud import tiny
-torch.set_num_threads(1)
-options = dict(batch_size=8, independent=False, rk="23", baseline=True, distill_steps=2, seed=1)
-cud.train(tiny(sys.argv[1], **options))
-"""
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one(tmp_path):
-    (tmp_path / "script.py").write_text(RANKS.format(root=str(ROOT)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, command in ("two", launcher), ("one", [sys.executable]):
-        command = [*command, str(tmp_path / "script.py"), str(tmp_path / name)]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    one, two = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["parts"]
-        for name in ("one", "two")
-    )
-    assert {key.split(".")[0] for key in one["emas"]} == {"cud", *cud.FLOWS, "cud-1step"}
-    for key, value in one["emas"].items():
-        torch.testing.assert_close(two["emas"][key], value, rtol=1e-3, atol=2e-5)
-
-
 # ----------------------------------------------------------------------- does it help?
+
+
+def catch_up_gradient(teacher, tn):
+    """Of the catch-up term, on the velocity of the shipped teacher, flat."""
+    teacher.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    x0, _ = Stream(load_dataset("digits"), 32, 0).next()
+    z1 = torch.randn(x0.shape, generator=generator)
+    t, u = torch.rand(2, 32, generator=generator)
+
+    def velocity(z, t, heads=1):
+        x, sigma = edm_from_flow(z, t)
+        return ((z - teacher(x, sigma.flatten())) / expand(t, z))[None]
+
+    cud.catch_up_loss(velocity, x0, z1, 0.05 + 0.9 * t, u / tn, w=2).backward()
+    return torch.cat([p.grad.flatten() for p in teacher.parameters() if p.grad is not None])
+
+
+def test_bfloat16_keeps_the_gradient_at_the_paper_s_steps_but_not_at_far_smaller_ones():
+    """Why CUD may train under autocast and PD not: its two times are up to 1 / TN apart."""
+    teacher, cosines = load_teacher(None, "digits", torch.device("cpu")), []
+    teacher.requires_grad_(True)
+    for tn in (16, 1600):
+        exact = catch_up_gradient(teacher, tn)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = catch_up_gradient(teacher, tn)
+        cosines.append(torch.cosine_similarity(exact, rounded, dim=0).item())
+    assert cosines[0] > 0.98 and cosines[1] < 0.6, cosines
 
 
 class Small(nn.Module):
@@ -854,16 +751,12 @@ def test_few_steps_on_a_mixture_are_better_than_rectified_flows(rk):
 run_main = partial(run_script, cud)
 
 
-def results(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
 def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
     common = ["--smoke", "--device", "cpu", "--nfe", 1, 2, "--model-channels", 8]
     run_main(monkeypatch, *common, "--baseline", "--out", tmp_path / "a")
     files = {"metrics.json", "samples.png", "fid.png", "log.jsonl", "checkpoint.pt"}
     assert {p.name for p in (tmp_path / "a").iterdir()} >= files
-    rows = results(tmp_path / "a")["results"]
+    rows = results(tmp_path / "a")
     names = ("cud", "rectified-flow", "rectified-flow-equal-compute")
     names = [name + how for name in names for how in ("", " (unipc3, even)")]
     expected = [(name, nfe) for name in names for nfe in (1, 2)] + [("cud-1step", 1)]
@@ -878,11 +771,11 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys):
 
     # trained already: only measured again
     run_main(monkeypatch, *common, "--baseline", "--resume", "--out", tmp_path / "a")
-    assert results(tmp_path / "a")["results"] == rows
+    assert results(tmp_path / "a") == rows
 
     other = ["--rk", 23, "--sampler", "heun/even", "--nfe", 3, "--no-independent", "--shakedrop"]
     run_main(monkeypatch, *common, "--out", tmp_path / "b", "--distill-steps", 0, *other)
-    row = results(tmp_path / "b")["results"][0]
+    row = results(tmp_path / "b")[0]
     assert (row["name"], row["nfe"]) == ("cud (heun, even)", 3)
 
 

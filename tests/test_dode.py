@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import threading
 from functools import partial
 from itertools import chain, product
@@ -17,15 +14,17 @@ import torch
 import dode
 from common import UsageError
 from common.baselines import untrained_sampler
-from common.diffusion import GRIDS, Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
+from common.diffusion import GRIDS, GaussianMixture, noise_from_seeds, sigma_grid
 from common.machinery.run import Run
 from common.machinery.schedule import save_schedule
 from common.solvers import TWO_EVALUATIONS, dpmpp, euler, heun, ipndm
 from common.teacher import load_teacher
-from common.unet import ddpmpp
 from dode import SOLVERS, Stage
-from scripts import EVERYWHERE, assert_refused, calls_under_bfloat16, run_script
-from toy import Toy, five_blobs
+from scripts import (
+    EVERYWHERE, assert_refused, calls_under_bfloat16, conditional_teacher, results, run_script,
+    watch,
+)
+from toy import Recorder, Toy, five_blobs
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = {name: np.load(ROOT / "tests" / "golden" / f"dode_{name}.npz") for name in ("edm", "vp")}
@@ -583,37 +582,18 @@ def test_states_are_kept_on_the_cpu_where_the_gpu_is_short(toy, tmp_path, monkey
     assert len(moved) == moves
 
 
-def test_fitting_noise_is_never_evaluated(toy, tmp_path):
+def test_fitting_noise_is_never_evaluated(toy, tmp_path, monkeypatch):
     """Fitting seeds begin at 10^9: image k of the evaluation has seed k."""
-    first = []
-
-    class Watching(Toy):
-        def forward(self, x, sigma, labels=None):
-            first.append(x.clone())
-            return super().forward(x, sigma)
-
-    dode.fit(
-        toy_config(tmp_path, fit_n=4, nfe=3, scale=1, solver="ddim", seed=1),
-        teacher=Watching(toy.means, toy.stds),
-    )
-    torch.testing.assert_close(
-        first[0], 80 * noise_from_seeds(range(2 * 10**9, 2 * 10**9 + 4), (1, 2, 2))
-    )
+    calls = watch(monkeypatch, dode, "fit_lambdas")
+    dode.fit(toy_config(tmp_path, fit_n=4, nfe=3, scale=1, solver="ddim", seed=1), teacher=toy)
+    expected = 80 * noise_from_seeds(range(2 * 10**9, 2 * 10**9 + 4), (1, 2, 2))
+    torch.testing.assert_close(calls[0][4], expected)
 
 
 def test_conditional_teacher_gets_the_seeds_classes(tmp_path):
-    torch.manual_seed(0)
-    teacher = Denoiser(
-        ddpmpp(
-            8, 1, label_dim=3, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[]
-        )
-    ).eval()
-    teacher.requires_grad_(False)
-    seen = []
-    teacher.net.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
-    dode.fit(
-        dode.Config(smoke=True, out=str(tmp_path), device="cpu", solver="ddim"), teacher=teacher
-    )
+    teacher, seen = conditional_teacher()
+    config = dode.Config(smoke=True, out=str(tmp_path), device="cpu", solver="ddim")
+    dode.fit(config, teacher=teacher)
     assert all(labels is not None for labels in seen)
     assert {tuple(labels.tolist()) for labels in seen} == {
         tuple(((torch.arange(4) + first + 10**9) % 3).tolist()) for first in (0, 4)
@@ -622,13 +602,7 @@ def test_conditional_teacher_gets_the_seeds_classes(tmp_path):
 
 def test_resume_fits_only_what_is_missing(toy, tmp_path, monkeypatch):
     whole = dode.fit(toy_config(tmp_path / "whole", nfe=4), teacher=toy)
-    config, original, calls = toy_config(tmp_path / "cut", nfe=4), dode.fit_lambdas, []
-
-    def counted(*arguments):
-        calls.append(1)
-        return original(*arguments) if len(calls) != 4 else 1 / 0
-
-    monkeypatch.setattr(dode, "fit_lambdas", counted)
+    config, calls = toy_config(tmp_path / "cut", nfe=4), watch(monkeypatch, dode, "fit_lambdas", 4)
     with pytest.raises(ZeroDivisionError):
         dode.fit(config, Run("dode", config, checkpoint_seconds=0), toy)
     config.resume = True
@@ -667,19 +641,6 @@ def test_inner_products_are_summed_over_ranks(toy, monkeypatch):
         assert both[r][1] == pytest.approx(both["one"][1], rel=1e-10)
 
 
-RANKS = """
-import sys
-sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import dode, json
-from toy import five_blobs
-config = dode.Config(device="cpu", out=sys.argv[1], fit_n=256, fit_batch=64, scale=4, nfe=4)
-run = dode.Run("dode", config)
-fitted = dode.fit(config, run, five_blobs(0.2))
-lambdas = [entry["lambdas"] for entry in fitted.values()]
-open(sys.argv[1] + f"/rank{{run.rank}}.json", "w").write(json.dumps(lambdas))
-"""
-
-
 def test_every_rank_gets_its_share_of_the_presets_one_batch(toy, tmp_path, monkeypatch):
     options = dict(fit_n=6, fit_batch=6, nfe=2, solver="ddim", reference_nfe=4, grid="edm")
     config = dode.Config(device="cpu", out=str(tmp_path), **options)
@@ -706,68 +667,9 @@ def test_every_rank_needs_an_image(toy, tmp_path):
         dode.fit(config, run, toy)
 
 
-@pytest.mark.slow
-def test_two_ranks_fit_as_one(toy, tmp_path):
-    (tmp_path / "script.py").write_text(RANKS.format(root=str(ROOT)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(tmp_path / "script.py"), str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    options = dict(fit_n=256, fit_batch=256, nfe=4, grid="auto")  # as theirs, by the preset
-    one = dode.fit(toy_config(tmp_path / "one", **options), teacher=toy)
-    for rank in (0, 1):
-        for got, entry in zip(
-            json.loads((tmp_path / f"rank{rank}.json").read_text()), one.values()
-        ):
-            got, expected = (torch.tensor(v, dtype=torch.float64) for v in (got, entry["lambdas"]))
-            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-
-
 # --------------------------------------------------------------------- the command line
 
 run_main = partial(run_script, dode)
-
-
-def results(folder):
-    return json.loads((folder / "metrics.json").read_text())["results"]
-
-
-def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_path, capsys):
-    budget = ["--nfe", 3, 4, "--solver", "ddim", "heun", "--smoke", "--device", "cpu"]
-    run_main(monkeypatch, *budget, "--out", tmp_path / "a")
-    assert {p.name for p in (tmp_path / "a").iterdir()} >= {
-        "metrics.json", "samples.png", "samples.npz", "lambdas.png", "lambdas.json", "log.jsonl",
-        "checkpoint.pt",
-    }
-    rows = results(tmp_path / "a")
-    fitted = ["ddim", "d-ddim", "heun", "d-heun"]
-    others = ["ab2", "dpmpp2m", "untrained"]
-    names = [(row["name"].split(" ")[0], row["nfe"]) for row in rows]
-    expected = product((3, 4), fitted), product((3, 4), others)
-    assert names == [(name, nfe) for nfe, name in chain(*expected)] + [("teacher", 8)]
-    assert all(row["grid"] in GRIDS for row in rows[:8])
-    assert all(row["fid_n"] == 32 and row["fid_features"] == "digits-classifier" for row in rows)
-    assert (
-        rows[1]["fit_evaluations"] == 8 * (3 + 30 + 6 * 3 + 8)
-        and rows[3]["fit_evaluations"] == rows[1]["fit_evaluations"]
-        and rows[1]["fit_seconds"] > 0
-    )
-    assert all(row["rmse_to_teacher"] > 0 for row in rows[:-1]) and rows[-1]["rmse_to_teacher"] == 0
-    assert "digits-classifier, n=32" in capsys.readouterr().out
-
-    run_main(
-        monkeypatch, *budget, "--lambdas", tmp_path / "a" / "lambdas.json", "--out", tmp_path / "b"
-    )
-    assert results(tmp_path / "b") == rows and not (tmp_path / "b" / "lambdas.json").exists()
-
-    modified = (tmp_path / "a" / "checkpoint.pt").stat().st_mtime_ns
-    run_main(
-        monkeypatch, *budget, "--resume", "--out", tmp_path / "a"
-    )  # everything is fitted: only measured again
-    assert (
-        results(tmp_path / "a") == rows
-        and (tmp_path / "a" / "checkpoint.pt").stat().st_mtime_ns == modified
-    )
 
 
 @pytest.mark.parametrize("options", [
@@ -776,22 +678,13 @@ def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_
 ])
 def test_every_row_is_what_its_name_and_the_options_say(tmp_path, monkeypatch, options):
     """The samplers of main, on a denoiser that writes down its noise levels."""
-    class Recorder(Toy):
-        levels, labels = [], []
-
-        def forward(self, x, sigma, labels=None):
-            self.levels.append(float(sigma))
-            self.labels.append(labels)
-            return super().forward(x, sigma)
-
     taken = {}
 
     def measure(run, samplers, net, evaluator, reference):
         taken.update(samplers)
         return [{"name": name, "nfe": nfe} for name, nfe in samplers], {}
 
-    blobs = five_blobs(0.2)
-    teacher, plain = Recorder(blobs.means, blobs.stds), Recorder(blobs.means, blobs.stds)
+    teacher, plain = five_blobs(0.2, Recorder), five_blobs(0.2, Recorder)
     monkeypatch.setattr(dode, "load_teacher", lambda *a: teacher)
     for name in ("make_evaluator", "save_rows"):
         monkeypatch.setattr(dode, name, lambda *a: None)
@@ -836,21 +729,54 @@ def test_every_row_is_what_its_name_and_the_options_say(tmp_path, monkeypatch, o
         torch.testing.assert_close(taken[name, nfe](noise, labels), expected(), rtol=0, atol=1e-9)
         assert all(used is labels for used in teacher.labels)
         assert len(teacher.levels) == nfe and teacher.levels == pytest.approx(plain.levels), name
-    results = {key: taken[key](noise, None) for key in taken}
-    assert all((results[s, n] != results[f"d-{s}", n]).any() for s, n in entries)
+    images = {key: taken[key](noise, None) for key in taken}
+    assert all((images[s, n] != images[f"d-{s}", n]).any() for s, n in entries)
 
 
-def test_the_grid_may_be_one_that_ld3_learned(tmp_path, monkeypatch):
+def test_smoke_run_leaves_everything_and_the_lambdas_read_back(monkeypatch, tmp_path, tiny, capsys):
+    budget = ["--nfe", 3, 4, "--solver", "ddim", "heun", "--smoke", "--device", "cpu"]
+    budget += ["--teacher", tiny]
+    run_main(monkeypatch, *budget, "--out", tmp_path / "a")
+    assert {p.name for p in (tmp_path / "a").iterdir()} >= {
+        "metrics.json", "samples.png", "samples.npz", "lambdas.png", "lambdas.json", "log.jsonl",
+        "checkpoint.pt",
+    }
+    rows = results(tmp_path / "a")
+    fitted = ["ddim", "d-ddim", "heun", "d-heun"]
+    others = ["ab2", "dpmpp2m", "untrained"]
+    names = [(row["name"].split(" ")[0], row["nfe"]) for row in rows]
+    expected = product((3, 4), fitted), product((3, 4), others)
+    assert names == [(name, nfe) for nfe, name in chain(*expected)] + [("teacher", 8)]
+    assert all(row["grid"] in GRIDS for row in rows[:8])
+    assert all(row["fid_n"] == 32 and row["fid_features"] == "digits-classifier" for row in rows)
+    evaluations = 8 * (3 + 30 + 6 * 3 + 8)
+    assert rows[1]["fit_evaluations"] == rows[3]["fit_evaluations"] == evaluations
+    assert rows[1]["fit_seconds"] > 0
+    assert all(row["rmse_to_teacher"] > 0 for row in rows[:-1]) and rows[-1]["rmse_to_teacher"] == 0
+    assert "digits-classifier, n=32" in capsys.readouterr().out
+
+    lambdas = tmp_path / "a" / "lambdas.json"
+    run_main(monkeypatch, *budget, "--lambdas", lambdas, "--out", tmp_path / "b")
+    assert results(tmp_path / "b") == rows and not (tmp_path / "b" / "lambdas.json").exists()
+
+    modified = (tmp_path / "a" / "checkpoint.pt").stat().st_mtime_ns
+    run_main(monkeypatch, *budget, "--resume", "--out", tmp_path / "a")  # only measured again
+    assert results(tmp_path / "a") == rows
+    assert (tmp_path / "a" / "checkpoint.pt").stat().st_mtime_ns == modified
+
+
+def test_the_grid_may_be_one_that_ld3_learned(tmp_path, monkeypatch, tiny):
     """Scalars of every solver, and the plain ones, on the levels of its schedule.json."""
     sigmas = torch.tensor([80, 9, 2, 0.3, 0.002], dtype=torch.float64)
     save_schedule(tmp_path / "schedule.json", sigmas, sigmas)
-    arguments = ("--smoke", "--nfe", 4, "--solver", "ddim", "deis2", "--out", tmp_path)
+    arguments = ("--smoke", "--teacher", tiny, "--nfe", 4, "--solver", "ddim", "deis2")
+    arguments += ("--out", tmp_path)
     run_script(dode, monkeypatch, *arguments, "--schedule", tmp_path / "schedule.json")
     entries = json.loads((tmp_path / "lambdas.json").read_text())["solvers"]
     assert [e["sigmas"] for e in entries] == 2 * [sigmas.tolist()]
-    rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
+    rows = results(tmp_path)
     found = {row["name"]: row["rmse_to_teacher"] for row in rows}
-    teacher, x = load_teacher(None, "digits", "cpu"), 80 * noise_from_seeds(range(32), (1, 8, 8))
+    teacher, x = load_teacher(tiny, "digits", "cpu"), 80 * noise_from_seeds(range(32), (1, 8, 8))
     with torch.no_grad():
         reference = heun(teacher, x, sigma_grid("edm", 4))
         for name, x0 in (
@@ -861,7 +787,7 @@ def test_the_grid_may_be_one_that_ld3_learned(tmp_path, monkeypatch):
     # Read back by --lambdas, with the same grid alone.
     again = ("--lambdas", tmp_path / "lambdas.json", "--schedule", tmp_path / "schedule.json")
     run_script(dode, monkeypatch, *arguments[:-1], tmp_path / "again", *again)
-    assert rows == json.loads((tmp_path / "again" / "metrics.json").read_text())["results"]
+    assert rows == results(tmp_path / "again")
 
 
 def entry_of(solver="ddim", nfe=4, **changes):

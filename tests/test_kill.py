@@ -26,14 +26,13 @@ from safetensors.torch import load_file
 
 import progressive
 from common import UsageError
-from common.diffusion import Denoiser
 from common.machinery import files
 from common.machinery.files import load_checkpoint, save_checkpoint
 from common.machinery.options import cli
 from common.machinery.plots import save_rows
 from common.machinery.run import Run
-from common.teacher import load_teacher, save_teacher
-from common.unet import ddpmpp
+from common.teacher import load_teacher
+from scripts import differences
 
 ROOT = Path(__file__).parent.parent
 NET = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [8]}
@@ -169,7 +168,7 @@ def serve():
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        until = time.perf_counter() + job.get("kill_after", 100)
+        until = time.perf_counter() + job.get("kill_after", 600)
         while (status := os.waitpid(pid, os.WNOHANG))[0] == 0:
             if time.perf_counter() > until:
                 os.kill(pid, signal.SIGKILL)  # still ours: it is not waited for yet
@@ -202,19 +201,15 @@ def forks(tmp_path_factory):
             process.stdin.flush()
             return int(process.stdout.readline())
 
-        run.temporary = temporary
+        def finish(method, out, tiny):
+            """Train from a checkpoint, if there is one, to the end."""
+            resume = (Path(out) / "checkpoint.pt").exists()
+            code = run(method, options_of(method, out, tiny, resume))
+            assert code == 0, Path(f"{out}.txt").read_text()[-2000:]
+
+        run.temporary, run.finish = temporary, finish
         yield run
         process.stdin.close()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A teacher of some thousand random weights."""
-    torch.manual_seed(0)
-    kwargs = dict(img_resolution=8, img_channels=1, dropout=0.0, **NET)
-    path = tmp_path_factory.mktemp("tiny") / "teacher.pt"
-    save_teacher(path, Denoiser(ddpmpp(**kwargs)), "ddpmpp", kwargs, "digits")
-    return str(path)
 
 
 # Short steps, every kind of state: EMA, flips, stages, three trainings, moved latents, a
@@ -243,22 +238,6 @@ def options_of(method, out, tiny, resume=False):
     return {**OPTIONS[method], **more, **save, **given}
 
 
-def differences(a, b, place=""):
-    """The places where two nested values differ; the seconds that something took do not count."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        pairs = [(key, a[key], b[key]) for key in a if key not in ("seconds", "fit_seconds")]
-    elif isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
-        pairs = [(i, *pair) for i, pair in enumerate(zip(a, b))]
-    else:
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            same = a.dtype == b.dtype and a.shape == b.shape
-            same = same and torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5))
-        else:
-            same = type(a) is type(b) and a == b
-        return [] if same else [place]
-    return [found for key, *pair in pairs for found in differences(*pair, f"{place}.{key}")]
-
-
 def left_behind(out):
     """All that a run is: its last checkpoint, the models it wrote, what it returned.
 
@@ -285,7 +264,7 @@ def uninterrupted(forks, tiny, tmp_path_factory):
         folder = tmp_path_factory.mktemp(method)
         for out in (folder / "first", folder / "whole"):  # the first fills the cache
             start = time.perf_counter()
-            assert forks(method, options_of(method, out, tiny)) == 0, Path(f"{out}.txt").read_text()
+            forks.finish(method, out, tiny)
         run.folders[method] = out
         return left_behind(out), time.perf_counter() - start
 
@@ -311,7 +290,7 @@ def kill_and_resume(forks, method, tiny, uninterrupted, folder, kills):
         attempts += 1
         assert attempts < 5 * kills, f"the kills do not land everywhere: {at}"
         resume = (out / "checkpoint.pt").exists()
-        delay = rng.uniform(0, 0.7 * seconds) if more else 100
+        delay = rng.uniform(0, 0.7 * seconds) if more else 600
         delay = delay if at else 0.0  # the very first before any checkpoint
         code = forks(method, options_of(method, out, tiny, resume), kill_after=delay)
         if code == -signal.SIGKILL:
@@ -371,8 +350,7 @@ def test_killed_while_a_checkpoint_is_written(method, places, forks, tiny, unint
             at.append((place, count, parts[0].stat().st_size if parts else None))
             renamed = count if place == "renamed" else count - 1
             assert (load_checkpoint(saved)["step"] if saved.exists() else 0) == renamed
-            code = forks(method, options_of(method, out, tiny, resume=saved.exists()))
-            assert code == 0, Path(f"{out}.txt").read_text()[-2000:]
+            forks.finish(method, out, tiny)
             same(whole, out)
             for file in out.iterdir():
                 file.unlink()
@@ -393,7 +371,7 @@ def test_what_killed_runs_left_half_written_is_swept_away(method, forks, tiny, t
         assert code == -signal.SIGKILL
         assert len(list(out.glob("*.part"))) == 1
     (out / "users.txt").write_text("kept")
-    assert forks(method, options_of(method, out, tiny)) == 0
+    forks.finish(method, out, tiny)
     assert not list(out.glob("*.part")) and (out / "users.txt").exists()
     outside = {path.name for path in forks.temporary.iterdir()}  # of its folder: nothing of ours
     locks = {name for name in outside if re.fullmatch(r"fewstep-[0-9a-f]{16}\.lock", name)}
@@ -458,25 +436,51 @@ def refused(code, output, *words):
     assert all(word in errors[0] for word in words), errors
 
 
+OBSTACLES = [*((method, "full disk") for method in METHODS)]
+OBSTACLES += [("progressive", "full log"), ("progressive", "closed folder")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_a_full_disk_is_reported_and_the_checkpoint_before_survives(
-    method, forks, tiny, uninterrupted, tmp_path
+@pytest.mark.parametrize("method, obstacle", OBSTACLES)
+def test_what_cannot_be_written_is_reported_and_the_checkpoint_before_survives(
+    method, obstacle, forks, tiny, uninterrupted, tmp_path
 ):
-    """No file may grow beyond half a checkpoint: the next one fails while it is written."""
+    """On the full disk no file may grow beyond half a checkpoint: the next one fails in its middle.
+
+    /dev/full opens, but every write says ENOSPC; in the folder no temporary file can be made.
+    """
     whole, _ = uninterrupted(method)
     out = tmp_path / "run"
     assert forks(method, options_of(method, out, tiny), die=("renamed", 3, 0)) == -signal.SIGKILL
-    saved_at, output = out / "checkpoint.pt", Path(f"{out}.txt")
-    saved = saved_at.read_bytes()
+    saved_at, log, output = out / "checkpoint.pt", out / "log.jsonl", Path(f"{out}.txt")
+    saved, more = saved_at.read_bytes(), {}
     output.write_text("")
-    code = forks(method, options_of(method, out, tiny, resume=True), largest=len(saved) // 2)
-    refused(code, output, f"cannot write {saved_at}", "File too large")
+    if obstacle == "full disk":
+        more, said = {"largest": len(saved) // 2}, (f"cannot write {saved_at}", "File too large")
+    elif obstacle == "full log":
+        if not Path("/dev/full").exists():
+            pytest.skip("this system has no /dev/full")
+        log.rename(out / "log")
+        log.symlink_to("/dev/full")
+        said = f"cannot write {log}", "No space left on device"
+    else:
+        out.chmod(0o555)
+        if os.access(out, os.W_OK):
+            pytest.skip("root may write anywhere")
+        said = "cannot", str(out)
+    code = forks(method, options_of(method, out, tiny, resume=True), **more)
+    refused(code, output, *said)
     assert saved_at.read_bytes() == saved and load_checkpoint(saved_at)["step"] == 3
     assert not list(out.glob("*.part"))
-    code = forks(method, options_of(method, out, tiny, resume=True))
-    assert code == 0, output.read_text()[-2000:]
+    out.chmod(0o755)
+    if obstacle == "full log":
+        log.unlink()
+        (out / "log").rename(log)
+    forks.finish(method, out, tiny)
     same(whole, out)
+    if method == "progressive":
+        steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+        assert steps == sorted(steps) and steps[-1] == whole["checkpoint.pt"]["step"] - 1
 
 
 def test_a_picture_on_a_full_disk_is_one_line(tmp_path, capsys):
@@ -503,48 +507,3 @@ def test_a_log_on_a_full_disk_is_one_line(tmp_path):
     pattern = f"^cannot write {tmp_path}/log.jsonl .No space left on device.[^\n]*$"
     with pytest.raises(UsageError, match=pattern):
         run.log(step=1, loss=0.5)
-
-
-@pytest.mark.slow
-def test_a_log_that_cannot_be_written_is_reported(forks, tiny, uninterrupted, tmp_path):
-    """/dev/full opens, but every write says ENOSPC."""
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full")
-    whole, _ = uninterrupted("progressive")
-    out = tmp_path / "run"
-    code = forks("progressive", options_of("progressive", out, tiny), die=("renamed", 3, 0))
-    assert code == -signal.SIGKILL
-    saved, log, output = (out / "checkpoint.pt").read_bytes(), out / "log.jsonl", Path(f"{out}.txt")
-    log.rename(out / "log")
-    log.symlink_to("/dev/full")
-    output.write_text("")
-    code = forks("progressive", options_of("progressive", out, tiny, resume=True))
-    refused(code, output, f"cannot write {log}", "No space left on device")
-    assert (out / "checkpoint.pt").read_bytes() == saved
-    log.unlink()
-    (out / "log").rename(log)
-    assert forks("progressive", options_of("progressive", out, tiny, resume=True)) == 0
-    same(whole, out)
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == sorted(steps) and steps[-1] == whole["checkpoint.pt"]["step"] - 1
-
-
-@pytest.mark.slow
-def test_a_folder_that_may_not_be_written_is_reported(forks, tiny, uninterrupted, tmp_path):
-    whole, _ = uninterrupted("progressive")
-    out = tmp_path / "run"
-    code = forks("progressive", options_of("progressive", out, tiny), die=("renamed", 3, 0))
-    assert code == -signal.SIGKILL
-    saved, output = (out / "checkpoint.pt").read_bytes(), Path(f"{out}.txt")
-    output.write_text("")
-    out.chmod(0o555)
-    if os.access(out, os.W_OK):
-        pytest.skip("root may write anywhere")
-    try:  # the log may still be appended to, but no temporary file can be made
-        code = forks("progressive", options_of("progressive", out, tiny, resume=True))
-        refused(code, output, "cannot", str(out))
-        assert (out / "checkpoint.pt").read_bytes() == saved
-    finally:
-        out.chmod(0o755)
-    assert forks("progressive", options_of("progressive", out, tiny, resume=True)) == 0
-    same(whole, out)

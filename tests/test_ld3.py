@@ -13,13 +13,15 @@ import torch
 
 import ld3
 from common.classifier import load_classifier
-from common.diffusion import GRIDS, Denoiser, GaussianMixture, noise_from_seeds, sigma_grid
+from common.diffusion import GRIDS, GaussianMixture, noise_from_seeds, sigma_grid
 from common.machinery.run import Run
 from common.machinery.schedule import save_schedule
-from common.solvers import ORDERS, SOLVERS, dpmpp, ipndm, unipc
-from common.unet import ddpmpp
-from scripts import EVERYWHERE, assert_refused, calls_under_bfloat16, run_script
-from toy import Toy, five_blobs
+from common.solvers import ORDERS, SOLVERS, unipc
+from scripts import (
+    EVERYWHERE, assert_refused, calls_under_bfloat16, conditional_teacher, results, run_script,
+    watch,
+)
+from toy import Recorder, Toy, five_blobs
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "ld3_schedule.npz")
 CONFIG = json.loads(str(GOLDEN["config"]))
@@ -106,34 +108,6 @@ def mean_square(x, y):
 
 def mean_absolute(x, y):
     return (x - y).abs().flatten(1).mean(1)
-
-
-def test_a_start_is_never_left_for_something_worse(toy, tmp_path, capsys):
-    """Updates far too large: the start comes back as it was, and is not called learned."""
-    far = dict(steps=6, optimizer="adam", lr1=2.0, times="coupled")
-    config = toy_config(tmp_path, start="auto", **far)
-    sigmas, sigmas_net = learn(config, toy)
-    losses = {
-        kind: rmse(config, toy, sigmas, None, 50, 10**6 + 20)
-        for kind, (sigmas, _) in config.starts.items()
-    }
-    best = min(losses, key=losses.get)
-    assert torch.equal(sigmas, sigma_grid(best, 4)) and torch.equal(sigmas_net, sigmas)
-    assert f"the row ld3 is the {best} grid" in capsys.readouterr().out
-
-
-def test_a_coupled_run_takes_the_grid_alone_of_a_decoupled_schedule(toy, tmp_path):
-    sigmas = sigma_grid("edm", 4)
-    sigmas_net = sigmas.clone()
-    sigmas_net[1:-1] *= 0.9
-    save_schedule(tmp_path / "schedule.json", sigmas, sigmas_net)
-    given = dict(schedule=str(tmp_path / "schedule.json"), steps=1)
-    for times, start_net in (("coupled", sigmas), ("decoupled", sigmas_net)):
-        config = toy_config(tmp_path, times=times, **given)
-        (start, net), = config.starts.values()
-        assert torch.equal(start, sigmas) and torch.equal(net, start_net)
-        config.lr1 = config.lr2 = 0.0
-        torch.testing.assert_close(learn(config, toy), (sigmas, start_net))
 
 
 def test_distances_of_features(toy):
@@ -244,118 +218,6 @@ def rmse(config, denoiser, sigmas, sigmas_net, n=400, seed=0):
     solver = partial(SOLVERS[config.solver], order=config.order)
     x = solver(denoiser, 80 * noise, sigmas, sigmas_net=sigmas_net)
     return (x - ld3.teacher_samples(config, denoiser, noise)).square().mean().sqrt().item()
-
-
-@pytest.mark.parametrize(
-    "options, factor",
-    [
-        ({}, 0.8),
-        ({"solver": "dpmpp", "mode": "time", "start": "edm"}, 0.8),
-        ({"solver": "euler", "times": "coupled", "start": "auto"}, 1),  # vp is next to the best
-        ({"objective": "hard", "solver": "ipndm", "start": "auto", "optimizer": "adam"}, 0.8),
-    ],
-)
-def test_learned_grid_beats_every_hand_made_one(toy, tmp_path, options, factor):
-    config = toy_config(tmp_path, **options)
-    sigmas, sigmas_net = learn(config, toy)
-    hand_made = [rmse(config, toy, sigma_grid(kind, 4), None) for kind in GRIDS]
-    assert rmse(config, toy, sigmas, sigmas_net) < factor * min(hand_made)
-    assert (sigmas.diff() < 0).all()
-    assert sigmas[0] == pytest.approx(80) and sigmas[-1] == pytest.approx(0.002)
-
-
-def test_conditioning_noise_levels_help_on_their_own(toy, tmp_path):
-    """theta1 stands still: theta2 alone must lower the validation loss.
-
-    Not if times are coupled, and not before its phase begins.
-    """
-    cases = ({}, True), ({"times": "coupled"}, False), ({"theta1_steps": 30}, False)
-    for options, moves in cases:
-        given = {"steps": 30, "theta1_steps": 0, "start": "edm", **options}
-        config = toy_config(tmp_path, **given)
-        config.lr1 = 0.0
-        sigmas, sigmas_net = learn(config, toy)
-        torch.testing.assert_close(sigmas, sigma_grid("edm", 4))
-        assert bool((sigmas_net != sigmas).any()) == moves
-        lines = (tmp_path / "log.jsonl").read_text().splitlines()
-        losses = [json.loads(line)["validation"] for line in lines if "validation" in line]
-        assert (losses[-1] < losses[0]) == moves
-
-
-def test_checkpointing_changes_memory_only(toy, tmp_path):
-    one = learn(toy_config(tmp_path, steps=6), toy)
-    two = learn(toy_config(tmp_path, steps=6, checkpoint=True), toy)
-    torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
-
-
-def test_the_fit_is_float32_where_others_use_bfloat16(toy, tmp_path, monkeypatch):
-    """Measured in bfloat16 on digits, 4 to 10 evaluations: theta's gradient has cosine .999 to
-    float32's, the latents' .998, and the loss is up to 4 % too large."""
-    seen = calls_under_bfloat16(monkeypatch, toy, "forward")
-    learn(toy_config(tmp_path, steps=2), toy)
-    assert set(seen) == {False}
-
-
-def saved_state(folder):
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]["state"]
-    return state, noise_from_seeds(range(10**6, 10**6 + 20), (1, 2, 2))
-
-
-def test_soft_latents_stay_in_the_ball_and_hard_ones_do_not_move(toy, tmp_path):
-    for objective in ("soft", "hard"):
-        factor = 0.05 * 4**2 / 4  # a radius of 0.05 = factor * C H W / N^2
-        learn(toy_config(tmp_path, steps=12, objective=objective, radius=factor), toy)
-        state, origin = saved_state(tmp_path)
-        offset = (state["latents"] - origin).flatten(1).norm(dim=1)
-        assert offset.max() <= 0.05 + 1e-12 and (offset.max() > 0.01) == (objective == "soft")
-
-
-def test_a_move_is_kept_only_if_the_loss_went_down(toy, tmp_path):
-    """With a latent step of the wrong sign every move raises the loss: all must be refused."""
-    for rate, kept in ((2.0, True), (-2.0, False)):
-        config = toy_config(tmp_path, steps=8, radius=0.2)
-        config.lr1, config.lr2, config.lr_latent = 0.0, 0.0, rate  # the grid stands still
-        learn(config, toy)
-        state, origin = saved_state(tmp_path)
-        assert bool((state["latents"] != origin).any()) == kept
-        halved = 0 if kept else 2  # after each of the two rounds without a move
-        assert state["lr_latent"] == rate / 4 / 2**halved
-
-
-def test_the_rate_of_latents_is_halved_again_once_they_have_stopped(toy, tmp_path, monkeypatch):
-    """They move in the first of three rounds of four batches, and stand still in the others."""
-    original, calls = ld3.project, []
-
-    def spy(moved, origin, radius):
-        calls.append(1)
-        return original(moved, origin, radius) if len(calls) <= 4 else origin
-
-    monkeypatch.setattr(ld3, "project", spy)
-    config = toy_config(tmp_path, steps=12, radius=0.2)
-    config.lr1, config.lr2, config.lr_latent = 0.0, 0.0, 2.0  # the grid stands still
-    learn(config, toy)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["state"]
-    assert state["lr_latent"] == 2.0 / 4 / 2**2
-
-
-def test_resumed_training_equals_an_uninterrupted_one_bitwise(toy, tmp_path, monkeypatch):
-    whole = learn(toy_config(tmp_path / "whole", steps=30, theta1_steps=10), toy)
-    config = toy_config(tmp_path / "cut", steps=30, theta1_steps=10)
-    original, calls = ld3.distillation_loss, []
-
-    def crash(*arguments):  # at the 41st of some 70 losses: in mid-step, theta2 moves already
-        calls.append(1)
-        return original(*arguments) if len(calls) < 41 else 1 / 0
-
-    monkeypatch.setattr(ld3, "distillation_loss", crash)
-    with pytest.raises(ZeroDivisionError):
-        learn(config, toy, Run("ld3", config, checkpoint_seconds=0))
-    monkeypatch.setattr(ld3, "distillation_loss", original)
-    config.resume = True
-    run = Run("ld3", config)
-    assert 10 < run.restored["step"] < 30
-    resumed = learn(config, toy, run)
-    assert torch.equal(whole[0], resumed[0]) and torch.equal(whole[1], resumed[1])
 
 
 # ---- the training loop, against a plain one
@@ -509,32 +371,146 @@ def test_training_is_that_of_a_plain_loop(tmp_path, options, expected):
     close(state["latents"], latents)
 
 
+# ---- what training brings
+
+
+def test_a_start_is_never_left_for_something_worse(toy, tmp_path, capsys):
+    """Updates far too large: the start comes back as it was, and is not called learned."""
+    far = dict(steps=6, optimizer="adam", lr1=2.0, times="coupled")
+    config = toy_config(tmp_path, start="auto", **far)
+    sigmas, sigmas_net = learn(config, toy)
+    losses = {
+        kind: rmse(config, toy, sigmas, None, 50, 10**6 + 20)
+        for kind, (sigmas, _) in config.starts.items()
+    }
+    best = min(losses, key=losses.get)
+    assert torch.equal(sigmas, sigma_grid(best, 4)) and torch.equal(sigmas_net, sigmas)
+    assert f"the row ld3 is the {best} grid" in capsys.readouterr().out
+
+
+def test_a_coupled_run_takes_the_grid_alone_of_a_decoupled_schedule(toy, tmp_path):
+    sigmas = sigma_grid("edm", 4)
+    sigmas_net = sigmas.clone()
+    sigmas_net[1:-1] *= 0.9
+    save_schedule(tmp_path / "schedule.json", sigmas, sigmas_net)
+    given = dict(schedule=str(tmp_path / "schedule.json"), steps=1)
+    for times, start_net in (("coupled", sigmas), ("decoupled", sigmas_net)):
+        config = toy_config(tmp_path, times=times, **given)
+        (start, net), = config.starts.values()
+        assert torch.equal(start, sigmas) and torch.equal(net, start_net)
+        config.lr1 = config.lr2 = 0.0
+        torch.testing.assert_close(learn(config, toy), (sigmas, start_net))
+
+
+@pytest.mark.parametrize(
+    "options, factor",
+    [
+        ({}, 0.8),
+        ({"solver": "dpmpp", "mode": "time", "start": "edm"}, 0.8),
+        ({"solver": "euler", "times": "coupled", "start": "auto"}, 1),  # vp is next to the best
+        ({"objective": "hard", "solver": "ipndm", "start": "auto", "optimizer": "adam"}, 0.8),
+    ],
+)
+def test_learned_grid_beats_every_hand_made_one(toy, tmp_path, options, factor):
+    config = toy_config(tmp_path, **options)
+    sigmas, sigmas_net = learn(config, toy)
+    hand_made = [rmse(config, toy, sigma_grid(kind, 4), None) for kind in GRIDS]
+    assert rmse(config, toy, sigmas, sigmas_net) < factor * min(hand_made)
+    assert (sigmas.diff() < 0).all()
+    assert sigmas[0] == pytest.approx(80) and sigmas[-1] == pytest.approx(0.002)
+
+
+def test_conditioning_noise_levels_help_on_their_own(toy, tmp_path):
+    """theta1 stands still: theta2 alone must lower the validation loss.
+
+    Not if times are coupled, and not before its phase begins.
+    """
+    cases = ({}, True), ({"times": "coupled"}, False), ({"theta1_steps": 30}, False)
+    for options, moves in cases:
+        given = {"steps": 30, "theta1_steps": 0, "start": "edm", **options}
+        config = toy_config(tmp_path, **given)
+        config.lr1 = 0.0
+        sigmas, sigmas_net = learn(config, toy)
+        torch.testing.assert_close(sigmas, sigma_grid("edm", 4))
+        assert bool((sigmas_net != sigmas).any()) == moves
+        lines = (tmp_path / "log.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["validation"] for line in lines if "validation" in line]
+        assert (losses[-1] < losses[0]) == moves
+
+
+def test_checkpointing_changes_memory_only(toy, tmp_path):
+    one = learn(toy_config(tmp_path, steps=6), toy)
+    two = learn(toy_config(tmp_path, steps=6, checkpoint=True), toy)
+    torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
+
+
+def test_the_fit_is_float32_where_others_use_bfloat16(toy, tmp_path, monkeypatch):
+    """Measured in bfloat16 on digits, 4 to 10 evaluations: theta's gradient has cosine .999 to
+    float32's, the latents' .998, and the loss is up to 4 % too large."""
+    seen = calls_under_bfloat16(monkeypatch, toy, "forward")
+    learn(toy_config(tmp_path, steps=2), toy)
+    assert set(seen) == {False}
+
+
+def saved_state(folder):
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]["state"]
+    return state, noise_from_seeds(range(10**6, 10**6 + 20), (1, 2, 2))
+
+
+def test_soft_latents_stay_in_the_ball_and_hard_ones_do_not_move(toy, tmp_path):
+    for objective in ("soft", "hard"):
+        factor = 0.05 * 4**2 / 4  # a radius of 0.05 = factor * C H W / N^2
+        learn(toy_config(tmp_path, steps=12, objective=objective, radius=factor), toy)
+        state, origin = saved_state(tmp_path)
+        offset = (state["latents"] - origin).flatten(1).norm(dim=1)
+        assert offset.max() <= 0.05 + 1e-12 and (offset.max() > 0.01) == (objective == "soft")
+
+
+def test_a_move_is_kept_only_if_the_loss_went_down(toy, tmp_path):
+    """With a latent step of the wrong sign every move raises the loss: all must be refused."""
+    for rate, kept in ((2.0, True), (-2.0, False)):
+        config = toy_config(tmp_path, steps=8, radius=0.2)
+        config.lr1, config.lr2, config.lr_latent = 0.0, 0.0, rate  # the grid stands still
+        learn(config, toy)
+        state, origin = saved_state(tmp_path)
+        assert bool((state["latents"] != origin).any()) == kept
+        halved = 0 if kept else 2  # after each of the two rounds without a move
+        assert state["lr_latent"] == rate / 4 / 2**halved
+
+
+def test_the_rate_of_latents_is_halved_again_once_they_have_stopped(toy, tmp_path, monkeypatch):
+    """They move in the first of three rounds of four batches, and stand still in the others."""
+    original, calls = ld3.project, []
+
+    def spy(moved, origin, radius):
+        calls.append(1)
+        return original(moved, origin, radius) if len(calls) <= 4 else origin
+
+    monkeypatch.setattr(ld3, "project", spy)
+    config = toy_config(tmp_path, steps=12, radius=0.2)
+    config.lr1, config.lr2, config.lr_latent = 0.0, 0.0, 2.0  # the grid stands still
+    learn(config, toy)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["state"]
+    assert state["lr_latent"] == 2.0 / 4 / 2**2
+
+
+def test_resumed_training_equals_an_uninterrupted_one_bitwise(toy, tmp_path, monkeypatch):
+    whole = learn(toy_config(tmp_path / "whole", steps=30, theta1_steps=10), toy)
+    config = toy_config(tmp_path / "cut", steps=30, theta1_steps=10)
+    # The 41st of some 70 losses: in mid-step, theta2 moves already.
+    watch(monkeypatch, ld3, "distillation_loss", fails_at=41)
+    with pytest.raises(ZeroDivisionError):
+        learn(config, toy, Run("ld3", config, checkpoint_seconds=0))
+    config.resume = True
+    run = Run("ld3", config)
+    assert 10 < run.restored["step"] < 30
+    resumed = learn(config, toy, run)
+    assert torch.equal(whole[0], resumed[0]) and torch.equal(whole[1], resumed[1])
+
+
 # ---- the command line
 
 run_main = partial(run_script, ld3)
-
-
-def test_smoke_run_leaves_everything_and_the_schedule_reads_back(monkeypatch, tmp_path, capsys):
-    run_main(monkeypatch, "--smoke", "--out", tmp_path / "a", "--device", "cpu")
-    names = "metrics.json samples.png samples.npz grids.png schedule.json checkpoint.pt".split()
-    assert {p.name for p in (tmp_path / "a").iterdir()} >= set(names)
-    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    rows = {row["name"]: row for row in metrics["results"]}
-    assert list(rows) == [*GRIDS, "ld3", "teacher"]
-    for row in rows.values():
-        assert row["fid_n"] == 32 and row["fid_features"] == "digits-classifier"
-    assert rows["ld3"]["nfe"] == 5 and rows["teacher"]["nfe"] == 20 and metrics["seconds"] > 0
-    out = capsys.readouterr().out
-    assert "digits-classifier, n=32" in out and "device cpu" in out
-
-    schedule = tmp_path / "a" / "schedule.json"
-    again = ("--smoke", "--steps", 0, "--schedule", schedule, "--out", tmp_path / "b")
-    monkeypatch.setattr(ld3, "make_distance", None)  # only training needs d, and its weights
-    run_main(monkeypatch, *again)
-    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
-    measured = {row["name"]: row for row in metrics["results"]}
-    assert measured["ld3"] == rows["ld3"]
-    assert not (tmp_path / "b" / "schedule.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -555,14 +531,7 @@ def test_every_row_is_sampled_as_its_name_says(
     sigmas_net = sigmas.clone()
     sigmas_net[1:-1] *= 0.9
     save_schedule(tmp_path / "schedule.json", sigmas, sigmas_net)
-    samplers, levels, rows = {}, [], [{"name": "ld3", "nfe": nfe}]
-
-    class Recorder(Toy):
-        def forward(self, x, sigma, labels=None):
-            levels.append(float(sigma))
-            return super().forward(x, sigma)
-
-    teacher = Recorder(toy.means, toy.stds)
+    samplers, rows, teacher = {}, [{"name": "ld3", "nfe": nfe}], Recorder(toy.means, toy.stds)
     monkeypatch.setattr(ld3, "load_teacher", lambda *arguments: teacher)
     monkeypatch.setattr(ld3, "measure", lambda run, s, *a, **k: samplers.update(s) or (rows, {}))
     monkeypatch.setattr(ld3, "save_rows", lambda *arguments: None)
@@ -575,19 +544,41 @@ def test_every_row_is_sampled_as_its_name_says(
     noise = noise_from_seeds(range(3), (1, 2, 2))
     options = {"order": min(3, ORDERS[solver][-1]), **options}
     for (name, count), sampler in samplers.items():
-        levels.clear()
-        result, evaluated = sampler(noise, None), levels[:]
-        assert len(evaluated) == count
+        teacher.levels.clear()
+        result = sampler(noise, None)
+        assert len(teacher.levels) == count
         if name == "teacher":
             grid = sigma_grid("edm", teacher_nfe, 0.002, highest)
             expected = unipc(toy, highest * noise, grid, order=3)
         else:
             grid = sigmas if name == "ld3" else sigma_grid(name, n, 0.002, highest)
             net = sigmas_net if name == "ld3" else grid
-            assert set(evaluated) <= set(net.tolist())
+            assert set(teacher.levels) <= set(net.tolist())
             solve = partial(SOLVERS[solver], sigmas_net=net, **options)
             expected = solve(toy, highest * noise, grid)
         torch.testing.assert_close(result, expected)
+
+
+def test_smoke_run_leaves_all_and_its_schedule_reads_back(tmp_path, tiny, monkeypatch, capsys):
+    command = ("--smoke", "--teacher", tiny, "--device", "cpu", "--out")
+    run_main(monkeypatch, *command, tmp_path / "a")
+    names = "metrics.json samples.png samples.npz grids.png schedule.json checkpoint.pt".split()
+    assert {p.name for p in (tmp_path / "a").iterdir()} >= set(names)
+    metrics = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    rows = {row["name"]: row for row in metrics["results"]}
+    assert list(rows) == [*GRIDS, "ld3", "teacher"]
+    for row in rows.values():
+        assert row["fid_n"] == 32 and row["fid_features"] == "digits-classifier"
+    assert rows["ld3"]["nfe"] == 5 and rows["teacher"]["nfe"] == 20 and metrics["seconds"] > 0
+    out = capsys.readouterr().out
+    assert "digits-classifier, n=32" in out and "device cpu" in out
+
+    schedule = tmp_path / "a" / "schedule.json"
+    monkeypatch.setattr(ld3, "make_distance", None)  # only training needs d, and its weights
+    run_main(monkeypatch, *command, tmp_path / "b", "--steps", 0, "--schedule", schedule)
+    measured = {row["name"]: row for row in results(tmp_path / "b")}
+    assert measured["ld3"] == rows["ld3"]
+    assert not (tmp_path / "b" / "schedule.json").exists()
 
 
 def test_schedule_is_what_diffusers_takes(tmp_path):
@@ -631,20 +622,9 @@ def test_bad_input_is_one_line_before_any_work(monkeypatch, tmp_path, arguments,
     assert_refused(ld3, monkeypatch, tmp_path, arguments, names, RISING=rising, GOOD=good)
 
 
-def test_conditional_teacher_gets_uniform_classes(tmp_path, monkeypatch):
+def test_conditional_teacher_gets_uniform_classes(tmp_path):
     """Label k % K for seed k, in training (seeds from 10^6 on) and in evaluation alike."""
-    torch.manual_seed(0)
-    small = dict(model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
-    teacher = Denoiser(ddpmpp(8, 1, label_dim=3, **small)).eval().requires_grad_(False)
-    seen = []
-    hook = teacher.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
-    config = ld3.Config(smoke=True, out=str(tmp_path), device="cpu", distance="l2", steps=2)
-    learn(config, teacher)
-    hook.remove()
+    teacher, seen = conditional_teacher()
+    learn(ld3.Config(smoke=True, out=str(tmp_path), device="cpu", distance="l2", steps=2), teacher)
     assert all(labels is not None for labels in seen)
     torch.testing.assert_close(seen[0], (torch.arange(6) + 10**6) % 3)
-
-
-def test_solvers_named_in_the_paper_exist():
-    named = {ld3.SOLVERS[name] for name in ("unipc", "dpmpp", "ipndm")}
-    assert named == {unipc, dpmpp, ipndm}

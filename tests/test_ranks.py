@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+import dode
 from common.machinery import ranks
 from common.machinery.files import load_checkpoint
+from scripts import results as rows_of
+from toy import five_blobs
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +101,7 @@ COMMANDS = {  # dropout 0: every rank has its own masks
     "dode": "dode.py --fit-n 8 --fit-batch 2 --nfe 3 4",
     "progressive": "progressive.py --from-steps 4 --updates 3 --batch-size 8",
     "cfd": "cfd.py --from-steps 4 --cfd-from 2 --updates 3 --batch-size 8 --beta 0.5 --gamma 0.2",
-    "cud": "cud.py --steps 4 --batch-size 8 --distill-steps 1 --distill-n 9 --baseline"
+    "cud": "cud.py --steps 4 --batch-size 8 --distill-steps 1 --distill-n 9 --baseline --rk 23"
     " --conditional --no-independent",
     "distributional": "distributional.py --images 40 --batch-size 8 --r1-every 2",
     "teacher": "-m common.teacher --steps 4 --batch-size 8 --dropout 0 --conditional",
@@ -143,7 +146,7 @@ def test_two_ranks_do_what_one_does(tmp_path, tmp_path_factory, name):
             command, cwd=ROOT, env=environment(cache), capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads((out / "metrics.json").read_text())["results"])
+        results.append(rows_of(out))
         states.append(load_checkpoint(out / "checkpoint.pt")["parts"])
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         losses.append({(line.get("what"), line["step"]): line for line in lines if "step" in line})
@@ -162,7 +165,8 @@ def test_two_ranks_do_what_one_does(tmp_path, tmp_path_factory, name):
                 continue
             # A FID of 45 images is loose: one pixel may be rounded the other way.
             loose = any(word in path for word in ("fid", "precision", "recall"))
-            rtol, atol = (2e-2, 1e-3) if loose else (2e-3, 5e-5)
+            weights = a.ndim and name in ("cud", "distributional", "teacher")
+            rtol, atol = (1e-3, 2e-5) if weights else (2e-2, 1e-3) if loose else (2e-3, 5e-5)
             # Adam's first steps go a whole rate along the sign of a gradient, also where that is
             # rounding alone: one number in a thousand may differ.
             assert ((a - b).abs() > atol + rtol * a.abs()).double().mean() <= 1e-3, path
@@ -172,6 +176,7 @@ def test_two_ranks_do_what_one_does(tmp_path, tmp_path_factory, name):
 
 DRIVER = """
 import os, signal, sys, time, torch
+sys.path.append("tests")
 import ld3
 from common.fid import Moments
 from common.machinery.options import TrainingOptions, cli
@@ -180,6 +185,7 @@ from common.machinery.ranks import (
 )
 from common.machinery.run import Run, State
 from common.teacher import load_teacher
+from test_ranks import fit
 
 def options(out, **more):
     return TrainingOptions(out=out, device="cpu", **more)
@@ -205,7 +211,7 @@ def collectives(out):
     config = ld3.Config(out=out, smoke=True, device="cpu", train_n=6, batch_size=3)
     teacher = load_teacher(None, "digits", run.device)
     sigmas = ld3.train(config, run, teacher, ld3.make_distance(config, run.device))
-    torch.save(sigmas, f"{out}/rank{run.rank}.pt")
+    torch.save((sigmas, fit(f"{out}/dode")), f"{out}/rank{run.rank}.pt")
 
 def gradients(out):
     rank, world = rank_and_world(torch.device("cpu"))
@@ -257,6 +263,13 @@ cli(lambda: globals()[sys.argv[1]](sys.argv[2]))
 """
 
 
+def fit(out):
+    """The scalars of D-ODE for an exact denoiser in float64."""
+    options = dict(fit_n=256, fit_batch=256, scale=4, nfe=4, grid="auto")
+    fitted = dode.fit(dode.Config(device="cpu", out=str(out), **options), teacher=five_blobs(0.2))
+    return [torch.tensor(entry["lambdas"], dtype=torch.float64) for entry in fitted.values()]
+
+
 def two_ranks(tmp_path, *arguments):
     """Two processes as torchrun starts them, with their own exit codes: [(code, output)]."""
     with socket.socket() as free:
@@ -275,7 +288,7 @@ def two_ranks(tmp_path, *arguments):
         for r in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -286,8 +299,11 @@ def two_ranks(tmp_path, *arguments):
 def test_sums_rows_and_moments_of_two_ranks_and_one_grid_for_both(tmp_path):
     results = two_ranks(tmp_path, "collectives", tmp_path)
     assert [code for code, _ in results] == [0, 0], results
-    for a, b in zip(*(torch.load(tmp_path / f"rank{r}.pt") for r in range(2))):
+    first, second = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
+    for a, b in zip(first[0], second[0]):
         assert torch.equal(a, b) and (a.diff() < 0).all()
+    for got in (first[1], second[1]):
+        torch.testing.assert_close(got, fit(tmp_path / "one"), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow
@@ -297,8 +313,7 @@ def test_gradients_are_averaged_over_two_ranks_and_rank_0_alone_writes(tmp_path)
     outputs = [output for _, output in results]
     assert "good 0" in outputs[0] and "good 1" in outputs[1]
     assert "method on digits" in outputs[0] and "method on digits" not in outputs[1]
-    rows = json.loads((tmp_path / "metrics.json").read_text())["results"]
-    assert rows == [{"name": 0, "nfe": 1}]
+    assert rows_of(tmp_path) == [{"name": 0, "nfe": 1}]
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert lines and all(json.loads(line)["loss"] == 0.5 for line in lines)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
@@ -309,7 +324,7 @@ def test_gradients_are_averaged_over_two_ranks_and_rank_0_alone_writes(tmp_path)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, rank):
     start = time.time()
     results = two_ranks(tmp_path, "stopped", tmp_path, rank)
-    assert [code for code, _ in results] == [130, 130] and time.time() - start < 100, results
+    assert [code for code, _ in results] == [130, 130] and time.time() - start < 500, results
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["step"] == state["parts"]["state"]["done"] == 31
     results = two_ranks(tmp_path, "stopped", tmp_path, rank, "resume")
