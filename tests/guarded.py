@@ -8,9 +8,21 @@ import time
 from dataclasses import dataclass
 
 import pytest
+import torch
+
+from common.teacher import load_teacher
 
 MEASURED = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures in /proc")
-SECONDS, MIB = 10, 1024  # what a refusal may take, above the import's own memory
+SECONDS, MIB = 10, 1024  # what a refusal may take: of a core; above the import's own memory
+
+
+def write(tmp_path, data, name="edm.pkl"):
+    (tmp_path / name).write_bytes(data)
+    return str(tmp_path / name)
+
+
+def read(path):
+    return load_teacher(path, "folder", torch.device("cpu"))
 
 
 @dataclass
@@ -36,17 +48,16 @@ def _child(call, pipe, output, seconds):
     signal.alarm(seconds)
     before, most = _status("VmRSS"), _status("VmSize") + 4 * MIB * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    start, error = time.perf_counter(), ""
+    error = ""
     try:
         text = type(call()).__name__
     except BaseException as caught:
         error, text = type(caught).__name__, str(caught)
-    took = time.perf_counter() - start
     mib = (_status("VmHWM") - before) / 2**20
-    os.write(pipe, json.dumps([error, text[:5000], took, mib]).encode())
+    os.write(pipe, json.dumps([error, text[:5000], time.process_time(), mib]).encode())
 
 
-def guarded(call, seconds=3 * SECONDS):
+def guarded(call, seconds=6 * SECONDS):
     """The Outcome of call() in a forked process, which a crash or a bomb cannot leave."""
     reader, writer = os.pipe()
     with tempfile.TemporaryFile() as output:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from guarded import MEASURED, guarded, one_line_refusal
+from guarded import MEASURED, guarded, one_line_refusal, read, write
 from PIL import Image
 
 from common import UsageError, unet
@@ -23,21 +23,10 @@ from common.datasets import load_dataset
 from common.diffusion import Denoiser
 from common.fid import load_moments
 from common.machinery.files import read_npz, save_weights
-from common.machinery.foreign import Refused, check_shapes
+from common.machinery.foreign import Refused, check_network
 from common.machinery.schedule import load_schedule
-from common.teacher import load_teacher
 
-CPU = torch.device("cpu")
 pytestmark = [MEASURED, pytest.mark.usefixtures("cache")]
-
-
-def write(tmp_path, data, name):
-    (tmp_path / name).write_bytes(data)
-    return str(tmp_path / name)
-
-
-def read(path):
-    return load_teacher(path, "folder", CPU)
 
 
 # -------------------------------------------------------------------------------- safetensors
@@ -80,6 +69,10 @@ OURS = {
     "an argument of another type": (claims(dropout=[0.1]), "not a usable teacher"),
     "a word for a number": (claims(num_blocks="8"), "not a usable teacher"),
     "a fraction": (claims(num_blocks=1.5), "not a usable teacher"),
+    "a bool": (claims(num_blocks=True), "num_blocks is a bool"),
+    "a negative number": (claims(augment_dim=-1), "not a usable teacher"),
+    "resolution 10^12": (claims(img_resolution=10**12), "img_resolution is 10000"),
+    "an odd resolution": (claims(img_resolution=17, channel_mult=[1, 2]), "cannot be halved"),
     "a list in a list": (claims(channel_mult=[[1]]), "channel_mult is a list"),
     "dropout NaN": (claims(dropout=float("nan")), "dropout is nan"),
     "dropout 7": (claims(dropout=7), "dropout is 7"),
@@ -99,6 +92,7 @@ OURS = {
     "NaN": (weight(torch.full((32,), np.nan)), "map_layer0.bias has values that are not finite"),
     "10^300": (weight(torch.full((32,), 1e300, dtype=torch.float64)), "not finite"),
     "sigma_data 0": (says(sigma_data=0), "sigma_data is 0"),
+    "sigma_data NaN": (says(sigma_data=float("nan")), "sigma_data is nan"),
     "sigma_data 10^300": (says(sigma_data=10**300), "sigma_data is 1000"),
     "sigma_data a text": (says(sigma_data="1"), "is no number"),
     "another kind of file": (says(kind="classifier"), "it holds a classifier, not a teacher"),
@@ -181,9 +175,9 @@ def test_a_claim_is_checked_without_random_draws(make):
     """Else a teacher's file would change the run that reads it."""
     kwargs = dict(img_resolution=8, img_channels=1, model_channels=64, channel_mult=[1])
     kwargs |= dict(num_blocks=1, attn_resolutions=[8], label_dim=3)
-    shapes = {name: tuple(w.shape) for name, w in make(**kwargs).state_dict().items()}
+    state = {"kwargs": kwargs, "sigma_data": 0.5, "weights": make(**kwargs).state_dict()}
     before = torch.get_rng_state()
-    check_shapes(make, kwargs, shapes)
+    check_network(make, state)
     assert torch.equal(torch.get_rng_state(), before)
 
 

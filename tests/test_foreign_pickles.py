@@ -20,24 +20,16 @@ import numpy as np
 import pytest
 import torch
 from edm_files import (
-    Opaque,
-    Persistent,
-    Storage,
-    dump,
-    edm_object,
-    saved,
-    tensor_of,
+    Opaque, Persistent, Storage, dump, edm_object, saved, small, tensor_of, vector_of, with_weight,
 )
-from guarded import MEASURED, guarded, one_line_refusal
+from guarded import MEASURED, guarded, one_line_refusal, read, write
 from opcodes import doubled, doubled_tuple, pickled, text
 
 from common import UsageError, unet
 from common.diffusion import Denoiser
 from common.machinery import edm_pickle, pickles, public_teachers
-from common.teacher import load_teacher
 
 ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
 pytestmark = [MEASURED, pytest.mark.usefixtures("cache")]
 
 
@@ -129,16 +121,6 @@ def shared_storage(times=4000, values=2**18):
     return dump(value)
 
 
-def with_weight(tensor):
-    value = edm()
-    network(value)._modules["map_layer0"]._parameters["weight"] = tensor
-    return value
-
-
-def vector_of(data):
-    return tensor_of(Storage(data), 0, (4,), (1,))
-
-
 def weight_of(size, stride, values=4, offset=0):
     return dump(with_weight(tensor_of(Storage(saved(torch.zeros(values))), offset, size, stride)))
 
@@ -159,12 +141,6 @@ def storage_with(old, new):
     data = saved(torch.zeros(4))
     assert data.count(old) >= 1
     return dump(with_weight(vector_of(data.replace(old, new))))
-
-
-def sigma_data(value):
-    checkpoint = edm()
-    checkpoint["ema"].sigma_data = value
-    return dump(checkpoint)
 
 
 def weight_like(change):
@@ -200,24 +176,16 @@ TABLE = {  # the cases of issue 13: how the file is made, what its refusal says
                                            b"\x85R."))),
         "bytearray",
     ),
-    "hex, doubled": (
-        lambda: beside(b"c_codecs\nencode\n(" + text("x" * 1000) + text("hex") + b"tR"),
-        "no text in latin1",
-    ),
     "stride 0 in a storage": (
         lambda: dump(with_weight(vector_of(
             pickled(b"ctorch._utils\n_rebuild_tensor_v2\n)R")))),
         "_rebuild_tensor_v2",
     ),
     "stride 0": (lambda: weight_of((2**14, 2**14), (0, 0)), "larger than the file"),
-    "model_channels 2048": (lambda: claim("model_channels", 2048), "do not fit"),
     "num_blocks 10^7": (lambda: claim("num_blocks", 10**7), "num_blocks is 10000000"),
-    "num_blocks 1000": (lambda: claim("num_blocks", 1000), "claims 2001 blocks"),
-    "label_dim 10^9": (lambda: claim("label_dim", 10**9), "label_dim is 1000000000"),
-    "label_dim 10^6": (lambda: claim("label_dim", 10**6), "label_dim is 1000000"),
     "__setstate__ of a tensor": (
         lambda: dump(with_weight(Opaque((*tensor_of(
-            Storage(saved(torch.zeros(4))), 0, (4,), (1,)).reduced, (10**10,))))),
+            small, 0, (4,), (1,)).reduced, (10**10,))))),
         "map_layer0.weight",
     ),
     "a doubled list as class": (
@@ -235,15 +203,7 @@ TABLE = {  # the cases of issue 13: how the file is made, what its refusal says
     "a tuple 300,000 deep": (
         lambda: beside(b"N", key=b")" + b"\x85" * 300_000), "a key that is a tuple",
     ),
-    "channel_mult []": (lambda: claim("channel_mult", []), "not a usable teacher"),
-    "channel_mult_emb 0": (
-        lambda: claim("channel_mult_emb", 0, arch="adm", model_channels=64, channel_mult=[1]),
-        "not a usable teacher",
-    ),
-    "dropout 7": (lambda: claim("dropout", 7), "dropout is 7"),
-    "sigma_data nan": (lambda: sigma_data(float("nan")), "sigma_data"),
     "a VP baseline": (lambda: baseline("VPPrecond"), "a 'VPPrecond'; those with EDMPrecond"),
-    "a VE baseline": (lambda: baseline("VEPrecond"), "a 'VEPrecond'; those with EDMPrecond"),
     "torch's advice": (
         lambda: dump(with_weight(vector_of(pickle.dumps(print, 2)))), "__builtin__.print",
     ),
@@ -283,25 +243,7 @@ MORE = {
     "bfloat16": (
         lambda: dump(with_weight(vector_of(saved(torch.zeros(4, dtype=torch.bfloat16))))),
         "BFloat16Storage"),
-    "complex": (
-        lambda: dump(with_weight(vector_of(saved(torch.zeros(4, dtype=torch.complex64))))),
-        "ComplexFloatStorage"),
     "a NaN weight": (lambda: weight_like(lambda w: w[0, 0].fill_(np.nan)), "map_layer0.weight has"),
-    "an infinite weight": (lambda: weight_like(lambda w: w[0, 0].fill_(np.inf)), "not finite"),
-    "an infinite weight in float32": (
-        lambda: dump(with_weight(torch.full((32, 8), 1e300, dtype=torch.float64))), "not finite"),
-    "a bool for a number": (lambda: claim("num_blocks", True), "num_blocks is a bool"),
-    "a negative number": (lambda: claim("augment_dim", -1), "not a usable teacher"),
-    "text for a number": (lambda: claim("model_channels", "8"), "not a usable teacher"),
-    "dropout nan": (lambda: claim("dropout", float("nan")), "dropout is nan"),
-    "a filter of zeros": (lambda: claim("resample_filter", [0, 0]), "the sum 0"),
-    "a filter of 3": (lambda: claim("resample_filter", [1, 1, 1]), "odd number of weights"),
-    "resolution 10^12": (lambda: claim("img_resolution", 10**12), "img_resolution is 10000"),
-    "13 levels": (lambda: claim("channel_mult", [1] * 13), "channel_mult is a list"),
-    "an odd resolution": (
-        lambda: claim("img_resolution", 17, channel_mult=[1, 2]), "cannot be halved"),
-    "sigma_data 0": (lambda: sigma_data(0.0), "sigma_data"),
-    "sigma_data 10^600": (lambda: sigma_data(10**600), "edm.pkl"),
     "a shape of 10^5 axes": (lambda: weight_of((1,) * 10**5, (1,) * 10**5), "impossible shape"),
     "a shape of 10^300": (lambda: weight_of((10**300,), (1,)), "impossible shape"),
     "a negative shape": (lambda: weight_of((-1, -4), (4, 1)), "impossible shape"),
@@ -313,7 +255,6 @@ MORE = {
     "a module within itself": (
         lambda: planted(LOOP, lambda v: network(v)._modules.update(enc=HERE)),
         "enc.again is a module in more than one place"),
-    "40 modules deep": (lambda: shared_modules(40, 1), "do not fit"),
     "2,000 modules deep": (
         lambda: planted(2000 * INSIDE + b"N" + 2000 * b"ssb",
                         lambda v: network(v)._modules.update(enc=HERE)), "recursion"),
@@ -347,19 +288,8 @@ MORE = {
             lambda v: setattr(v["ema"], "sigma_data", HERE)), "sigma_data is no number"),
     "an escape sequence": (lambda: baseline("\x1b[2J\n\x07" + "x" * 1000), "[2J"),
     "an escape sequence as name": (lambda: beside(b"cos\x1b[2J\nsystem\n"), "os?[2J.system"),
-    "a gzip": (lambda: b"\x1f\x8b" + bytes(1000), "edm.pkl"),
-    "a zip": (lambda: b"PK\x03\x04" + bytes(1000), "edm.pkl"),
     "zeros": (lambda: bytes(10**6), "edm.pkl"),
 }
-
-
-def write(tmp_path, data, name="edm.pkl"):
-    (tmp_path / name).write_bytes(data)
-    return str(tmp_path / name)
-
-
-def read(path):
-    return load_teacher(path, "folder", CPU)
 
 
 SLOW = (
@@ -400,7 +330,7 @@ def test_files_that_are_none(tmp_path):
         file.truncate(10**11)
     for name, said in (
         ("pipe", "not a file"),
-        ("folder", "Is a directory"),
+        ("folder", "not a file"),
         ("empty", "0 bytes"),
         ("sparse", "100,000,000,000 bytes"),
         ("none", "No such file"),

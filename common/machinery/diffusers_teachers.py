@@ -133,11 +133,7 @@ def sigma_table(scheduler):
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HALF = "diffusion_pytorch_model.fp16.safetensors"
-FILES = [  # what is downloaded of a repository on the hub
-    folder + name
-    for folder in ("", "unet/", "scheduler/")
-    for name in ("config.json", "scheduler_config.json", WEIGHTS, HALF)
-]
+FILES = ("*config.json", WEIGHTS, HALF, f"unet/{WEIGHTS}", f"unet/{HALF}")  # wanted of the hub
 
 
 def sigma_range(spec):

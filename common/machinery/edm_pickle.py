@@ -55,9 +55,7 @@ def _object(record, what):
     """
     if type(record) is Record and record.name in CONTAINERS:
         return "", typed(record.state, dict, what)
-    if type(record) is not Record or record.name != PERSISTENT_OBJECT:
-        raise Refused(f"{what} is not a module")
-    meta = typed(record.args[0] if record.args else None, dict, what)
+    meta = typed(call_of(record, PERSISTENT_OBJECT, what, 1)[0], dict, what)
     name = typed(meta.get("class_name"), str, "a class name")
     return name[:100], typed(meta.get("state"), dict, what)
 
@@ -71,7 +69,7 @@ def _storage(record):
     They are what torch.save once wrote: five pickles (a magic number, a version, the system, the
     storage as a persistent id, its key), then the number of values and the values.
     """
-    (data,) = call_of(record, STORAGE)
+    (data,) = call_of(record, STORAGE, "a storage")
     if type(data) is not bytes:
         raise Refused("a storage that is none")
     if data[:2] == b"PK":  # a small file could be anything in memory
@@ -81,7 +79,7 @@ def _storage(record):
     known = (magic, version) == (0x1950A86A20F9469CFC6C, 1001) and type(system) is dict
     if not known or system.get("little_endian") is not True:
         raise Refused("a storage that is not in torch's old format")
-    (pid,) = call_of(machine.load(), PERSISTENT)
+    (pid,) = call_of(machine.load(), PERSISTENT, "a storage")
     _, kind, _, _, count, *_ = typed(pid, tuple, "a storage")
     code = STORAGES[typed(kind, Name, "its type")]
     machine.load()
@@ -95,10 +93,8 @@ def _storage(record):
 def _array(value, what):
     """A weight as a numpy array, a view of its storage: numpy checks that it lies within."""
     if type(value) is Record and value.name == PARAMETER:
-        value = call_of(value, PARAMETER, 1)[0]
-    if type(value) is not Record or value.name != TENSOR:
-        raise Refused(f"{what} is not a tensor")
-    storage, offset, size, stride = call_of(value, TENSOR, 4)[:4]
+        value = call_of(value, PARAMETER, what, 1)[0]
+    storage, offset, size, stride = call_of(value, TENSOR, what, 4)[:4]
     code, values = _storage(storage)
     numbers = (offset, *typed(size, tuple, "a shape"), *typed(stride, tuple, "a stride"))
     if len(numbers) > 20 or not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
@@ -111,12 +107,11 @@ def _array(value, what):
         raise Refused(f"a tensor of shape {size} and stride {stride} on {count} values") from None
 
 
-def _arrays(module, prefix="", found=None, seen=None):
+def _arrays(module, prefix, found, seen):
     """{name: array} of a module's record and of all below it.
 
     Each record is visited once: shared ones could make a short file endless.
     """
-    found, seen = {} if found is None else found, set() if seen is None else seen
     what = prefix[:-1] or "ema"
     if id(module) in seen:
         raise Refused(f"{what} is a module in more than one place")
@@ -158,11 +153,7 @@ def _arch_and_kwargs(record):
     if channels != out:
         raise Refused("its network has other output than input channels")
     kwargs = {"img_resolution": resolution, "img_channels": channels}
-    for name in TAKEN:
-        if name in given:
-            value = given[name]
-            kwargs[name] = list(value) if isinstance(value, (list, tuple)) else value
-    return SELECTS[selects], kwargs
+    return SELECTS[selects], kwargs | {name: given[name] for name in TAKEN if name in given}
 
 
 def read_edm_pickle(data, path):
@@ -179,7 +170,7 @@ def read_edm_pickle(data, path):
             raise Refused(f"its network is a {class_name!r}; those with EDMPrecond are read")
         model = typed(state.get("_modules"), dict, "ema._modules").get("model")
         arch, kwargs = _arch_and_kwargs(model)
-        arrays = _arrays(root["ema"])
+        arrays = _arrays(root["ema"], "", found={}, seen=set())
         if sum(array.nbytes for array in arrays.values()) > len(data):
             raise Refused("its weights are larger than the file")
         weights = {name: torch.from_numpy(array.copy("C")) for name, array in arrays.items()}

@@ -54,17 +54,13 @@ def read_file(path, most, begins=b""):
 
     Refused unless it is a regular file of 1 to `most` bytes that begins with `begins`.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
-        size = file_size(file.fileno())
-        if not 0 < size <= most:
-            raise Refused(f"it has {size:,} bytes, not 1 to {most:,}")
+    size = file_size(path)
+    if not 0 < size <= most:
+        raise Refused(f"it has {size:,} bytes, not 1 to {most:,}")
+    with open(path, "rb") as file:
         if not file.peek(len(begins)).startswith(begins):
             raise Refused("it begins like another kind of file")
         return file.read(size)
-
-
-def _without_waiting(path, flags):
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no pipes there
 
 
 # ----------------------------------------------------------------------------- networks
@@ -82,7 +78,7 @@ def _check_arguments(kwargs):
     if type(kwargs) is not dict:
         raise Refused(f"its arguments are a {type(kwargs).__name__}")
     for name, value in kwargs.items():
-        items = value if type(value) is list else [value]
+        items = value if type(value) in (list, tuple) else [value]
         fits = all(type(v) is str or type(v) in NUMBER and abs(v) <= MOST_NUMBER for v in items)
         if not fits or len(items) > MOST_ITEMS:
             shown = value if type(value) in NUMBER else f"a {type(value).__name__}"
@@ -107,12 +103,18 @@ class _WithoutMemory(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def check_shapes(make, kwargs, shapes):
-    """Refused unless make(**kwargs), a module, has weights of these `shapes`, {name: (...)}.
+def check_network(make, state):
+    """Refused unless a file's weights are those of the network that it claims.
 
-    It is made without memory, and not before the file has weights enough for as many blocks.
+    state: {"kwargs", "sigma_data", "weights": checked}. make(**kwargs): its module, with their
+    names. It is made without memory, and not before the file has weights enough for as many blocks.
     """
+    sigma_data, kwargs = state.get("sigma_data"), state.get("kwargs")
+    if type(sigma_data) not in NUMBER or not 1e-6 < sigma_data < 1e6:
+        shown = sigma_data if type(sigma_data) in NUMBER else "no number"
+        raise Refused(f"its sigma_data is {shown}, not a number from 1e-6 to 1e6")
     _check_arguments(kwargs)
+    shapes = {name: tuple(weight.shape) for name, weight in state["weights"].items()}
     sizes = kwargs.get("channel_mult", (2, 2, 2)), kwargs.get("num_blocks", 4)
     blocks = len(sizes[0]) * (2 * sizes[1] + 1)
     if blocks > len(shapes):
@@ -124,16 +126,3 @@ def check_shapes(make, kwargs, shapes):
         if needed.get(name) != shapes.get(name):
             has, needs = shapes.get(name, "missing"), needed.get(name, "no weight")
             raise Refused(f"its weights do not fit its architecture ({name}: {has}, not {needs})")
-
-
-def check_network(make, state):
-    """Refused unless a file's weights are those of the network that it claims.
-
-    state: {"kwargs", "sigma_data", "weights": checked}. make(**kwargs): its module, with their
-    names.
-    """
-    sigma_data, weights = state.get("sigma_data"), state["weights"]
-    if type(sigma_data) not in NUMBER or not 1e-6 < sigma_data < 1e6:
-        shown = sigma_data if type(sigma_data) in NUMBER else "no number"
-        raise Refused(f"its sigma_data is {shown}, not a number from 1e-6 to 1e6")
-    check_shapes(make, state.get("kwargs"), {name: tuple(w.shape) for name, w in weights.items()})

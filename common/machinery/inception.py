@@ -3,7 +3,6 @@ import hashlib
 import io
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common import UsageError
@@ -37,9 +36,10 @@ class Inception(nn.Module):
         classes = self.net.fc.weight.detach().clone()
         self.register_buffer("classes", classes, persistent=False)
         self.net.fc = nn.Identity()
+        pool = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
         for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            _replace_pool(self.net.get_submodule(f"Mixed_{name}"), _average_pool)
-        _replace_pool(self.net.Mixed_7c, lambda x: F.max_pool2d(x, 3, 1, padding=1))
+            _replace_pool(self.net.get_submodule(f"Mixed_{name}"), pool)
+        _replace_pool(self.net.Mixed_7c, nn.MaxPool2d(3, 1, padding=1))
         self.eval().requires_grad_(False)
 
     def forward(self, images):
@@ -58,10 +58,6 @@ def old_resize(x, size):
     left = place.long()
     right = (left + 1).clamp(max=width - 1)
     return torch.lerp(x[..., left], x[..., right], (place - left).to(x))
-
-
-def _average_pool(x):
-    return F.avg_pool2d(x, 3, 1, padding=1, count_include_pad=False)
 
 
 def _replace_pool(block, pool):

@@ -146,9 +146,8 @@ def preset_name(config, presets):
     name = config.dataset
     if f"{name}-gpu" not in presets or not takes_gpu(config.device):
         return name
-    if name == "folder":
-        if not config.data_dir or len(Folder(config.data_dir).names) < MANY_IMAGES:
-            return name
+    if name == "folder" and len(Folder(config.data_dir).names) < MANY_IMAGES:
+        return name
     return f"{name}-gpu"
 
 

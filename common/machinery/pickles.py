@@ -43,12 +43,11 @@ class Record:
     state: object = None
 
 
-def call_of(value, name, at_least=0):
-    """The arguments of a Record with that name; Refused for anything else."""
-    fits = type(value) is Record and value.name == name and len(value.args) >= at_least
-    if not fits:
-        found = value.name if type(value) is Record else type(value).__name__
-        raise Refused(f"a {found} in place of {name}")
+def call_of(value, name, what, at_least=0):
+    """The arguments of a Record with that name; Refused for anything else: `what` it is."""
+    found = value.name if type(value) is Record else type(value).__name__
+    if found != name or len(value.args) < at_least:
+        raise Refused(f"{what} is a {found}, not a {name}")
     return value.args
 
 

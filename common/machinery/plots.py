@@ -17,7 +17,6 @@ from common.machinery.foreign import one_line  # noqa: E402
 from common.machinery.ranks import rank_and_world  # noqa: E402
 
 if BACKEND:
-    os.environ["MPLBACKEND"] = BACKEND
     with contextlib.suppress(ValueError):
         matplotlib.rcParams["backend"] = BACKEND
 

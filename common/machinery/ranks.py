@@ -88,9 +88,8 @@ def masks_of_this_rank(device, *key):
     The generators that all ranks share do not move: noise does not depend on how many there are.
     """
     rank, world = rank_and_world()
-    if world == 1:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(hash((rank, *key)) % 2**62)  # of integers: the same in every process
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=world > 1):
+        if world > 1:  # a hash of integers is the same in every process
+            torch.manual_seed(hash((rank, *key)) % 2**62)
         yield
