@@ -13,12 +13,13 @@ import torch
 from edm_files import (
     NETS, Call, Persistent, dump, edm_object, saved, small, tensor_of, vector_of, with_weight,
 )
+from guarded import read, write
 from torch import nn
 
 from common import UsageError
 from common import teacher as teachers
 from common.diffusion import Denoiser
-from common.machinery.edm_pickle import NAMES, TAKEN, read_edm_pickle
+from common.machinery.edm_pickle import NAMES, PUBLIC, TAKEN, read_edm_pickle
 from common.machinery.files import cache_dir
 from common.teacher import ARCHS, load_teacher, read_teacher
 
@@ -33,12 +34,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the embedded source would leave its file
     yield tmp_path / "cache"
     assert not Path("HACKED").exists()
-
-
-def written(tmp_path, value, name="edm.pkl"):
-    path = tmp_path / name
-    path.write_bytes(value if isinstance(value, bytes) else dump(value))
-    return str(path)
 
 
 # -------------------------------------------------------------------------------- reading
@@ -74,7 +69,7 @@ def test_a_genuine_pickle_gives_the_same_denoiser(
     if layout == "float16":
         original.half().float()
     original.to(memory_format=torch.channels_last)  # as the teacher is, for the last digits
-    path = written(tmp_path, dump(value, protocol))
+    path = write(tmp_path, dump(value, protocol))
     x, sigma = torch.randn(3, 3, 16, 16), torch.tensor([0.01, 1.0, 70.0])
     labels = torch.tensor([1, 0, 9]) if label_dim else None
     with torch.no_grad():
@@ -140,7 +135,7 @@ def test_a_full_size_cifar10_pickle(tmp_path, cache):
         resolution=32, model_channels=128, channel_mult=[2, 2, 2], num_blocks=4,
         attn_resolutions=[16],
     )
-    loaded = load_teacher(written(tmp_path, value), "cifar10", CPU)
+    loaded = load_teacher(write(tmp_path, dump(value)), "cifar10", CPU)
     assert sum(p.numel() for p in loaded.parameters()) == 55_733_891
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters()))
 
@@ -154,12 +149,8 @@ MALICIOUS = {  # more of them, by the opcode, in test_foreign_pickles.py
     "a call in an unused part": (
         {**edm_object()[0], "loss_fn": Call(os.system, "touch HACKED")}, "system"),
     "eval": (Call(eval, "open('HACKED', 'w')"), "builtins.eval"),
-    "getattr": (Call(getattr, {}, "pop"), "builtins.getattr"),
-    "torch.load": (Call(torch.load, "HACKED"), "torch.serialization.load"),
     "a codec": (Call(__import__("codecs").encode, "x", "zip"), "no text in latin1"),
     "a numpy object": (with_weight(np.array([object()], dtype=object)[0:1]), "numpy"),
-    "strides that lead out of the storage": (
-        with_weight(tensor_of(small, 0, (2, 2), (100, 1))), "stride (100, 1)"),
     "a negative offset": (with_weight(tensor_of(small, -1, (4,), (1,))), "impossible shape"),
     "a compressed storage": (
         with_weight(vector_of(saved(torch.zeros(4), _use_new_zipfile_serialization=True))),
@@ -168,20 +159,17 @@ MALICIOUS = {  # more of them, by the opcode, in test_foreign_pickles.py
         with_weight(vector_of(pickle.dumps(Call(os.system, "touch HACKED")))), "edm.pkl"),
     "a storage cut short": (with_weight(vector_of(saved(torch.zeros(4))[:-9])), "edm.pkl"),
     "a weight that is a list": (with_weight([1.0, 2.0]), "map_layer0.weight"),
-    "a weight of another shape": (
-        with_weight(nn.Parameter(torch.zeros(3, 3))), "map_layer0.weight"),
     "no network": ({"loss_fn": 1}, "ema"),
     "a list": ([1, 2, 3], "edm.pkl"),
     "another preconditioning": ({"ema": Persistent("VPPrecond")}, "VPPrecond"),
     "a persistent id": (b"\x80\x02X\x01\x00\x00\x00aQ.", "outside"),
-    "no pickle": (b"<html>404</html>", "edm.pkl"),
 }
 
 
 @pytest.mark.parametrize("case", MALICIOUS)
 def test_refused_in_one_line_and_never_executed(case, tmp_path, cache):
     value, named = MALICIOUS[case]
-    path = written(tmp_path, value)
+    path = write(tmp_path, value if isinstance(value, bytes) else dump(value))
     with pytest.raises(UsageError) as error:
         load_teacher(path, "folder", CPU)
     message = str(error.value)
@@ -194,7 +182,7 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path, cache):
     data = dump(edm_object()[0])
     for end in np.linspace(1, len(data) - 1, 12).astype(int):
         with pytest.raises(UsageError, match="not a readable EDM checkpoint|do not fit"):
-            load_teacher(written(tmp_path, data[:end]), "folder", CPU)
+            read(write(tmp_path, data[:end]))
 
 
 def test_a_storage_that_promises_too_much_is_refused(tmp_path, cache):
@@ -203,19 +191,18 @@ def test_a_storage_that_promises_too_much_is_refused(tmp_path, cache):
     at = data.index(b"K\x04", data.index(b"cpu"))  # the count, as a one-byte integer
     huge = data[:at] + b"\x8a\x07" + (10**15).to_bytes(7, "little") + data[at + 2 :]
     with pytest.raises(UsageError, match="not a readable EDM checkpoint"):
-        load_teacher(written(tmp_path, with_weight(vector_of(huge))), "folder", CPU)
+        read(write(tmp_path, dump(with_weight(vector_of(huge)))))
 
 
-def test_a_decoder_or_channels_that_we_do_not_have(tmp_path, cache):
-    for name, value, message in (
-        ("decoder_type", "skip", "not among ours"),
-        ("encoder_type", "skip", "skip"),
-        ("out_channels", 6, "channels"),
-    ):
-        edm, _ = edm_object()
-        edm["ema"]._modules["model"]._init_kwargs[name] = value
-        with pytest.raises(UsageError, match=message):
-            load_teacher(written(tmp_path, edm), "folder", CPU)
+@pytest.mark.parametrize("name, value, message", [
+    ("decoder_type", "skip", "not among ours"), ("encoder_type", "skip", "skip"),
+    ("out_channels", 6, "channels"),
+])  # fmt: skip
+def test_a_decoder_or_channels_that_we_do_not_have(name, value, message, tmp_path, cache):
+    edm, _ = edm_object()
+    edm["ema"]._modules["model"]._init_kwargs[name] = value
+    with pytest.raises(UsageError, match=message):
+        read(write(tmp_path, dump(edm)))
 
 
 # ----------------------------------------------------------------------- names and places
@@ -254,19 +241,15 @@ def test_a_short_name_is_downloaded_once_and_checked_afterwards(cache, monkeypat
         load_teacher("edm-cifar10-32x32-uncond-vp", "cifar10", CPU)
 
 
-def test_imagenets_teacher_needs_no_images(cache, monkeypatch):
-    """As in `python ld3.py --dataset imagenet64`, which needs EDM's moments for its FID, too."""
-    value, original = edm_object(resolution=64)
-    monkeypatch.setattr(urllib.request, "urlopen", Web(dump(value)))
-    assert load_teacher(None, "imagenet64", CPU).net.img_shape == (3, 64, 64)
-
-
-def test_any_address(cache, monkeypatch):
-    value, original = edm_object(resolution=32)
+@pytest.mark.parametrize("spec, dataset, size", [
+    (None, "imagenet64", 64), ("https://example.org/models/some.pkl", "cifar10", 32),
+])  # fmt: skip
+def test_any_address_and_imagenets_teacher_without_images(spec, dataset, size, cache, monkeypatch):
+    value, original = edm_object(resolution=size)
     web = Web(dump(value))
     monkeypatch.setattr(urllib.request, "urlopen", web)
-    loaded = load_teacher("https://example.org/models/some.pkl", "cifar10", CPU)
-    assert web.asked == ["https://example.org/models/some.pkl"]
+    loaded = load_teacher(spec, dataset, CPU)
+    assert len(web.asked) == 1 and web.asked[0] in (spec, f"{PUBLIC}{teachers.PUBLIC[dataset]}.pkl")
     assert torch.equal(next(loaded.parameters()), next(original.parameters()))
 
 
@@ -291,7 +274,7 @@ def test_names_are_those_of_the_public_files():
 
 
 def test_a_teacher_of_other_images_is_refused(tmp_path, cache):
-    path = written(tmp_path, edm_object(resolution=16)[0])
+    path = write(tmp_path, dump(edm_object(resolution=16)[0]))
     with pytest.raises(UsageError, match=r"\(3, 16, 16\), cifar10 has \(3, 32, 32\)"):
         load_teacher(path, "cifar10", CPU)
     with pytest.raises(UsageError, match="No such file"):

@@ -18,14 +18,7 @@ from test_house import SCRIPTS
 from common import UsageError
 from common.machinery import options as machinery
 from common.machinery.options import (
-    Options,
-    TrainingOptions,
-    cli,
-    complete,
-    option,
-    parse_config,
-    preset_name,
-    require,
+    Options, TrainingOptions, cli, complete, option, parse_config, preset_name,
 )
 
 sys.path.append(str(Path(__file__).parent.parent / "notebooks"))
@@ -105,21 +98,6 @@ def test_wrong_flags_are_one_line(argv, pattern, capsys):
         parse(*argv)
     one_line(error)
     assert capsys.readouterr() == ("", "")  # no usage text of argparse in front of it
-
-
-def test_help_shows_defaults_and_where_the_others_are(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "A method." in text
-    assert "--out OUT folder of the run --resume" in text and "--lr" not in text
-    with pytest.raises(SystemExit):
-        parse("--help-all")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "rate, 50% of it by default (default: by data set)" in text
-    assert "channels (default: 16 32)" in text and "folder of the run --resume" in text
-    assert "PRESETS" in text
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "common.teacher", "common.classifier"])
@@ -219,25 +197,19 @@ def test_a_folder_has_a_preset_for_a_laptop(script, tmp_path):
     assert config.eval_n < large["eval_n"]
 
 
-def test_require():
-    require(True, "eval_n", 3, "never shown")
-    with pytest.raises(UsageError, match="^--eval-n 3: at least 5$"):
-        require(False, "eval_n", 3, "at least 5")
+@pytest.mark.parametrize("name, least, message", [
+    ("eval_n", 2, "must be at least 2"), ("recall", 4, "--recall needs at least 4"),
+    ("eval_batch", 1, "must be at least 1"), ("batch_per_gpu", 1, "must be at least 1"),
+])  # fmt: skip
+def test_too_few_images_to_measure_are_refused_at_once(name, least, message):
+    def finish(count):
+        options = dict(eval_n=count, recall=True) if name == "recall" else {name: count}
+        complete(TrainingOptions(**options), {"digits": {}}, {})
 
-
-def test_too_few_images_to_measure_are_refused_at_once():
-    for options, least in (
-        (dict(eval_n=1), "must be at least 2"),
-        (dict(eval_n=3, recall=True), "--recall needs at least 4"),
-        (dict(eval_batch=0), "must be at least 1"),
-        (dict(batch_per_gpu=0), "must be at least 1"),
-    ):
-        name, value = next(iter(options.items()))
-        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} {value}: {least}"):
-            complete(TrainingOptions(**options), {"digits": {}}, {})
-    complete(TrainingOptions(eval_n=3), {"digits": {}}, {})
-    complete(TrainingOptions(eval_n=4, recall=True), {"digits": {}}, {})
-    complete(TrainingOptions(eval_n=2, eval_batch=1, batch_per_gpu=1), {"digits": {}}, {})
+    finish(least)
+    flag = "--eval-n" if name == "recall" else "--" + name.replace("_", "-")
+    with pytest.raises(UsageError, match=f"^{flag} {least - 1}: {message}"):
+        finish(least - 1)
 
 
 @dataclass
