@@ -210,7 +210,7 @@ TABLE = {  # the cases of issue 13: how the file is made, what its refusal says
 }
 MORE = {
     "a doubled list as argument": (
-        lambda: planted_claim("num_blocks", doubled()), "num_blocks is a list"),
+        lambda: planted_claim("num_blocks", doubled()), "num_blocks is a tuple"),
     "two doubled lists as channels": (
         lambda: planted_claim("in_channels", doubled()), "in_channels is a tuple"),
     "a doubled list as embedding": (
