@@ -227,6 +227,7 @@ MORE = {
     "one text encoded 4,000 times": (  # harmless: it is encoded once
         lambda: beside(b"(" + text("x" * 2**20) + b"r\x00\x00\x00\x01" + 4000 * (
             b"c_codecs\nencode\nj\x00\x00\x00\x01" + text("latin1") + b"\x86R") + b"t"), None),
+    "a doubled tuple in a set": (lambda: beside(b"\x8f(" + doubled_tuple() + b"\x90"), None),
     "a memo of 2^28": (lambda: beside(b"Nr\x00\x00\x00\x10"), None),
     "a list 190,000 deep": (lambda: beside(b"]" * 190_000 + b"a" * 189_999), None),
     "records 300,000 deep": (
