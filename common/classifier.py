@@ -2,7 +2,8 @@
 
     python -m common.classifier --dataset mnist     # train and cache one
 
-Those of `digits` and `mnist` with seed 0 are in the repository.
+Those of `digits`, `mnist` and `cifar10` with seed 0, and `cifar10` with seed 1, are in the
+repository.
 """
 import importlib
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ IMAGENET_MEAN_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision'
 SHIPPED = {
     (name, 0): ASSETS / f"{name}-classifier.safetensors" for name in ("digits", "mnist", "cifar10")
 }
+SHIPPED["cifar10", 1] = ASSETS / "cifar10-classifier-seed1.safetensors"
 
 # ------------------------------------------------------------------------------ networks
 

@@ -57,9 +57,9 @@ def markdown(head, rows):
 
 
 def both(runs, name, nfe):
-    """FID in the features of the evaluator's classifier / of the unseen one."""
+    """FID in the features of the evaluator's classifier / of the unseen one, if there is one."""
     pair = [values(runs, name, nfe, column) for column in ("fid", "fid_unseen")]
-    return " / ".join(map(cell, pair)) if pair[0] else "not run"
+    return " / ".join(map(cell, filter(None, pair))) if pair[0] else "not run"
 
 
 # ------------------------------------------------------------------------------ the tables
@@ -202,6 +202,8 @@ def pd_cfd(dataset, *longer):
         rows.append([nfe, *(c if c != "not run" else "" for c in cells)])
     best = both(pd[:1], "teacher", 35)
     rows.append(["35 (teacher)", best, *[""] * (len(head) - 2)])
+    if not cfd:
+        head, rows = head[:-1], [row[:-1] for row in rows]
     return markdown(head, rows)
 
 
@@ -444,6 +446,7 @@ TABLES = {
     "cifar10_grids": partial(grids, "cifar10"),
     "cifar10_ld3": partial(ld3, "cifar10"),
     "cifar10_dode": partial(dode, "cifar10"),
+    "cifar10_pd": partial(pd_cfd, "cifar10"),
     "composing": composing,
     "loss_curves": loss_curves,
     "bench": bench,
