@@ -365,12 +365,8 @@ def test_the_command_trains_and_writes(tmp_path, monkeypatch, capsys):
     argv = ["--dataset", "folder", "--data-dir", str(tmp_path / "set"), "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["classifier", *argv, "--out", str(tmp_path / "net.pt")])
     classifier.main()
-    assert read_classifier(tmp_path / "net.pt", "cpu").arch == {
-        "img_resolution": 8,
-        "img_channels": 3,
-        "num_classes": 2,
-        "width": 4,
-    }
+    found = read_classifier(tmp_path / "net.pt", "cpu").arch
+    assert found == dict(img_resolution=8, img_channels=3, num_classes=2, width=4)
     # This folder has no test part: how good it is on its own training images is not said.
     printed = capsys.readouterr().out
     assert "no held-out images" in printed and "%" not in printed

@@ -726,7 +726,7 @@ run_main = partial(run_script, gdd)
 
 
 @pytest.mark.parametrize("freeze, name", [("conv", "gdd-i"), ("none", "gdd")])
-def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys, freeze, name):
+def test_smoke_run_leaves_everything(monkeypatch, tmp_path, freeze, name):
     flags = ["--smoke", "--freeze", freeze, "--nfe", 1, 2, "--out", tmp_path, "--device", "cpu"]
     run_main(monkeypatch, *flags)
     files = {"metrics.json", "samples.png", "losses.png", "log.jsonl", "checkpoint.pt"}
@@ -744,7 +744,6 @@ def test_smoke_run_leaves_everything(monkeypatch, tmp_path, capsys, freeze, name
     assert rows[4]["fid"] < rows[0]["fid"]  # before training they are equal
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log and all(min(line["generator"], line["discriminator"]) > 0 for line in log)
-    assert "digits-classifier, n=16" in capsys.readouterr().out
 
     modified = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
     run_main(monkeypatch, *flags, "--resume")  # trained already: measured again
