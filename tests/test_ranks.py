@@ -83,9 +83,9 @@ def test_masks_on_a_gpu_leave_its_generator_alone(monkeypatch):
     forks, fork = [], torch.random.fork_rng
 
     @contextlib.contextmanager
-    def fork_rng(devices):
+    def fork_rng(devices, enabled):
         forks.append(list(devices))
-        with fork([]):
+        with fork([], enabled=enabled):
             yield
 
     monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
