@@ -33,18 +33,19 @@ def test_the_shipped_classifier_recognises_held_out_digits(shipped):
     assert not shipped.training and not any(p.requires_grad for p in shipped.parameters())
 
 
-def test_what_ships_of_mnist_needs_no_images(monkeypatch):
+@pytest.mark.parametrize("name, seed", [("mnist", 0), ("cifar10", 0), ("cifar10", 1)])
+def test_what_ships_needs_no_images(monkeypatch, name, seed):
     """Its classifier, with its accuracy on the test images, and the training images' moments."""
     monkeypatch.setattr(fid, "load_dataset", None)  # not asked for
-    extractor = fid.classifier_features("mnist", torch.device("cpu"))
-    mu, cov, n, features = fid.reference_moments("mnist", extractor)
-    assert features.shape == (2000, 128)
+    extractor = fid.classifier_features(name, torch.device("cpu"), seed=seed)
+    mu, cov, n, features = fid.reference_moments(name, extractor)
+    assert features.shape == (2000, extractor.dim) and n == {"mnist": 60_000}.get(name, 50_000)
     np.testing.assert_allclose(features.double().mean(0), mu, atol=0.05)
-    assert (extractor.name, n) == ("mnist-classifier", 60_000)
-    stored, _ = load_weights(ASSETS / "mnist-classifier.safetensors", "classifier")
-    assert stored["accuracy"] >= 0.99
-    with torch.no_grad():  # the classifier sees all ten digits, equally often, in these moments
-        head = load_classifier("mnist", "cpu").head.double()
+    assert extractor.name in fid.HELD_OUT
+    stored, _ = load_weights(classifier.SHIPPED[name, seed], "classifier")
+    assert stored["accuracy"] >= {"mnist": 0.99}.get(name, 0.83)
+    with torch.no_grad():  # the classifier sees all ten classes, equally often, in these moments
+        head = load_classifier(name, "cpu", seed).head.double()
         assert head(torch.from_numpy(mu)).softmax(0).max() < 0.2
     assert np.linalg.eigvalsh(cov).min() > 0
     assert not list(ASSETS.glob("*.lock"))  # an installed package may lie where nobody can write
