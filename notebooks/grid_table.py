@@ -14,7 +14,8 @@ A cell is measured once: a run that was stopped goes on, and one with more solve
 measures those. The kept tables are not full. Digits: UniPC-3 on all grids, all solvers on cosine,
 iPNDM and DEIS-2 with 2 and 3 evaluations on edm, vp and logsnr. MNIST: UniPC-3 on all grids
 with up to 8 evaluations (with 10: cosine, vp), iPNDM with 2, 3 and 8 and DPM-Solver++ with 4 and
-5 on cosine or vp. CIFAR-10: UniPC-3 on all grids, up to 8 evaluations.
+5 on cosine or vp. CIFAR-10: UniPC-3 on all grids, up to 8 evaluations; on logsnr, edm, cosine
+and vp all solvers with 2 and 4, the better ones with 3, 5 and 8.
 
 --keep writes notebooks/results/DATASET-grids/metrics.json, and the pair of lowest FID* at each
 count into common/assets/untrained.json, which every script compares itself with.
