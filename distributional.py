@@ -255,7 +255,7 @@ _SMALL = dict(_CIFAR10, features="classifier", width=32, lr=3e-4, lr_d=2e-3, r1_
 PRESETS = {
     "digits": dict(_SMALL, images=160_000, batch_size=128, eval_n=2048, eval_batch=128),
     "mnist": dict(_SMALL, images=60_000, batch_size=64, eval_n=1024, eval_batch=32),
-    "cifar10": dict(_SMALL, images=100_000, batch_size=64, eval_n=1024, eval_batch=64),
+    "cifar10": dict(_SMALL, images=64_000, batch_size=64, eval_n=1024, eval_batch=64),
     "cifar10-gpu": _CIFAR10,
     "imagenet64": dict(
         _CIFAR10, images=10_000_000, batch_size=512, lr=8e-6, lr_d=4e-5, r1_gamma=1e-4 / 32,

@@ -40,7 +40,8 @@ IMAGENET_MEAN_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision'
 SHIPPED = {
     (name, 0): ASSETS / f"{name}-classifier.safetensors" for name in ("digits", "mnist", "cifar10")
 }
-SHIPPED["cifar10", 1] = ASSETS / "cifar10-classifier-seed1.safetensors"
+for _seed in (1, 2):
+    SHIPPED["cifar10", _seed] = ASSETS / f"cifar10-classifier-seed{_seed}.safetensors"
 
 # ------------------------------------------------------------------------------ networks
 
