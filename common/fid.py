@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -103,6 +104,13 @@ class Moments:
         return self.mean, self.scatter / (self.n - 1)
 
 
+@lru_cache(2)  # those of the real images are asked for again with every row
+def radii(x, k, batch_size):
+    """(N,): the distance of each of the points x (N, D) to the k-th nearest of the others."""
+    parts = x.double().split(batch_size)  # the nearest is the point itself
+    return torch.cat([torch.cdist(part, x.double()).kthvalue(k + 1).values for part in parts])
+
+
 def precision_recall(real, fake, k=3, batch_size=1000):
     """Kynkaanniemi et al. 2019, arXiv:1904.06991, of features real (M, D) and fake (N, D).
 
@@ -110,14 +118,10 @@ def precision_recall(real, fake, k=3, batch_size=1000):
     distance to that point's k-th nearest real neighbour; recall: with the roles swapped.
     Precision falls when images are wrong, recall when kinds of images are missing.
     """
-    real, fake = real.double(), fake.double()
 
     def share(points, x):
-        radii = [  # the nearest is the point itself
-            torch.cdist(part, x).kthvalue(k + 1).values for part in x.split(batch_size)
-        ]
-        radii = torch.cat(radii)
-        inside = [(torch.cdist(part, x) <= radii).any(1) for part in points.split(batch_size)]
+        radius, x = radii(x, k, batch_size), x.double()
+        inside = [(torch.cdist(p, x) <= radius).any(1) for p in points.double().split(batch_size)]
         return torch.cat(inside).double().mean().item()
 
     return share(fake, real), share(real, fake)

@@ -49,6 +49,7 @@ def test_what_ships_needs_no_images(monkeypatch, name, seed):
         assert head(torch.from_numpy(mu)).softmax(0).max() < 0.2
     assert np.linalg.eigvalsh(cov).min() > 0
     assert not list(ASSETS.glob("*.lock"))  # an installed package may lie where nobody can write
+    assert all(path.exists() for path in classifier.SHIPPED.values())
 
 
 def test_accuracy_counts_over_all_batches():
