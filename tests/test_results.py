@@ -65,7 +65,7 @@ def test_what_has_no_file_is_not_run_and_each_place_gets_its_table(tmp_path, mon
         tables.fill("<!-- unknown -->\n<!-- end -->")
 
 
-def test_the_nearest_image_and_the_confidence():
+def test_the_nearest_image_and_the_probabilities():
     images = torch.tensor([[0, 0], [255, 255]], dtype=torch.uint8).view(2, 1, 1, 2)
     candidates = torch.tensor([[250, 200], [9, 9], [0, 90]], dtype=torch.uint8).view(3, 1, 1, 2)
     found = teacher_quality.nearest(images, candidates)
@@ -74,8 +74,9 @@ def test_the_nearest_image_and_the_confidence():
     def classifier(x):  # two classes, log odds = the first pixel in [-1, 1] times 3
         return None, torch.stack([3 * x[:, 0, 0, 0], torch.zeros(len(x))], 1)
 
-    found = teacher_quality.confidence(classifier, images, "cpu")
-    torch.testing.assert_close(found, torch.full((2,), 3.0).sigmoid())
+    found = teacher_quality.probabilities(classifier, images, "cpu")
+    first = torch.tensor([-3.0, 3.0]).sigmoid()
+    torch.testing.assert_close(found, torch.stack([first, 1 - first], 1))
 
 
 @pytest.mark.slow
@@ -88,3 +89,4 @@ def test_the_quality_of_the_digits_teacher(tmp_path, monkeypatch):
     for row in (samples, test):
         assert row["precision"] > 0.7 and row["recall"] > 0.7 and row["confident"] > 0.8
         assert 0 < row["fid"] < 2
+    assert test["own_class"] > 0.9 and "own_class" not in samples  # the teacher knows no classes
