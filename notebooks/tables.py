@@ -67,12 +67,13 @@ def both(runs, name, nfe):
 
 def teacher(dataset):
     quality, = read(f"{dataset}-teacher") or [{"results": []}]
-    rows = []
+    rows, shares = [], ["precision", "recall", "confident"]
+    if any("own_class" in row for row in quality["results"]):
+        shares.append("own_class")
     for row in quality["results"]:
         fids = [number(row[key]) for key in ("fid", "fid_unseen")]
-        shares = [f"{row[key]:.3f}" for key in ("precision", "recall", "confident")]
-        rows.append([row["name"], row["fid_n"], *fids, *shares])
-    head = ["", "n", "FID\\*", "unseen", "precision", "recall", "confident"]
+        rows.append([row["name"], row["fid_n"], *fids, *(f"{row[key]:.3f}" for key in shares)])
+    head = ["", "n", "FID\\*", "unseen", *(share.replace("_", " ") for share in shares)]
     return markdown(head, rows)
 
 
@@ -443,10 +444,13 @@ TABLES = {
     "mnist_pd_cfd": partial(pd_cfd, "mnist", 300, 500),
     "mnist_cud": partial(cud, "mnist"),
     "mnist_gdd": partial(gdd, "mnist"),
+    "cifar10_teacher": partial(teacher, "cifar10"),
     "cifar10_grids": partial(grids, "cifar10"),
     "cifar10_ld3": partial(ld3, "cifar10"),
     "cifar10_dode": partial(dode, "cifar10"),
-    "cifar10_pd": partial(pd_cfd, "cifar10"),
+    "cifar10_pd_cfd": partial(pd_cfd, "cifar10"),
+    "cifar10_cud": partial(cud, "cifar10"),
+    "cifar10_gdd": partial(gdd, "cifar10"),
     "composing": composing,
     "loss_curves": loss_curves,
     "bench": bench,
