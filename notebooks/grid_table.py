@@ -11,8 +11,7 @@ evaluations a step, so that odd counts are not theirs. With one evaluation all s
 are the same: DDIM's one step stands for all.
 
 A cell is measured once: a run that was stopped goes on, and one with more solvers, grids or counts
-measures those. The kept tables are not full. Digits: UniPC-3 on all grids, all solvers on cosine,
-iPNDM and DEIS-2 with 2 and 3 evaluations on edm, vp and logsnr. MNIST: UniPC-3 on all grids
+measures those. The kept table of digits is full, the others are not. MNIST: UniPC-3 on all grids
 with up to 8 evaluations (with 10: cosine, vp), iPNDM with 2, 3 and 8 and DPM-Solver++ with 4 and
 5 on cosine or vp. CIFAR-10: UniPC-3 on all grids, up to 8 evaluations; on logsnr, edm, cosine
 and vp all solvers with 2 and 4, the better ones with 3, 5 and 8.
