@@ -96,10 +96,12 @@ def main():
     samples = sample(teacher, config.n, config.batch, device)
     classes = labels_for(torch.arange(config.n), teacher.net.label_dim, "cpu")
     test = load_dataset(dataset, "test", data_dir)
+    last = len(test.images) - 1  # a folder lies class by class: n of it, evenly
+    chosen = torch.linspace(0, last, min(config.n, last + 1)).long()
     rows = []
     for name, images, labels in (
         ("samples", samples, classes),
-        ("test images", test.images[: config.n], test.labels[: config.n]),
+        ("test images", test.images[chosen], test.labels[chosen]),
     ):
         metrics = Metrics(evaluator, len(images))
         for first in range(0, len(images), 250):
