@@ -107,8 +107,8 @@ class Moments:
 @lru_cache(2)  # those of the real images are asked for again with every row
 def radii(x, k, batch_size):
     """(N,): the distance of each of the points x (N, D) to the k-th nearest of the others."""
-    parts = x.double().split(batch_size)  # the nearest is the point itself
-    return torch.cat([torch.cdist(part, x.double()).kthvalue(k + 1).values for part in parts])
+    x = x.double()  # the nearest is the point itself
+    return torch.cat([torch.cdist(p, x).kthvalue(k + 1).values for p in x.split(batch_size)])
 
 
 def precision_recall(real, fake, k=3, batch_size=1000):

@@ -65,12 +65,7 @@ def sample(teacher, n, batch, device):
 @torch.no_grad()
 def probabilities(classifier, images, device):
     """The class probabilities of uint8 images (N, C, H, W) -> (N, K)."""
-    return torch.cat(
-        [
-            classifier(to_float(part.to(device)))[1].softmax(1).cpu()
-            for part in images.split(250)
-        ]
-    )
+    return features_of(images, lambda part: classifier(to_float(part.to(device)))[1].softmax(1).cpu())
 
 
 def nearest(images, candidates):
