@@ -27,7 +27,7 @@ Differences from the official code (github.com/Zyriix/GDD, commit e9267e8):
     norm too, 16); a logit for each class (theirs: a pretrained embedding of classes).
  5. F has EDM's preconditioning (theirs: consistency models'; the same within 6e-5 at
     sigma_max).
- 6. bfloat16 on GPUs for G and disc, not for R1 (theirs: for G alone).
+ 6. bfloat16 (--precision) for G and disc, not for R1 (theirs: for G alone).
  7. Checkpoints hold disc and both optimizers (theirs: nothing of the discriminator).
  8. A gradient that is not finite stops the run (theirs: replaced by 0 or +-1e5).
  9. Not here: hinge loss, instance-level losses, generators of several steps.

@@ -19,6 +19,7 @@ from common.datasets import ASSETS, Stream, evenly, fingerprint, load_dataset, t
 from common.machinery.files import BAR, cache_dir, load_weights, locked, pretrained, save_weights
 from common.machinery.options import DATASETS, MOST_SEED, cli, option, parse_config
 from common.machinery.run import pick_device
+from common.precision import autocast, has_bf16
 
 # Chosen here. 4 * width features: 1,000 images give a covariance of full rank. smoothing: of the
 # labels. bf16: trained under autocast where the device has it (1.7 times as fast; without, 15 times
@@ -228,14 +229,6 @@ def folder_steps(images):
     return min(3000, max(500, 50 * images // BATCH_SIZE))
 
 
-def has_bf16(device):
-    """Whether the GPU, or the CPU's instructions, multiply in bfloat16: emulation is slow."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
-    return known.get("avx512_bf16", False) or known.get("amx_bf16", False)
-
-
 def train_classifier(dataset_name, seed=0, device="cpu", data_dir=None, steps=None):
     """Train one and return it, in eval mode and without gradients, and its test accuracy or None.
 
@@ -261,7 +254,7 @@ def train_classifier(dataset_name, seed=0, device="cpu", data_dir=None, steps=No
     print(f"training {what}: {steps} steps")
     for _ in tqdm(range(steps), f"training the {dataset_name} classifier", **BAR):
         x0, labels = stream.next()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+        with autocast(device, bf16):
             logits = net(random_shift(x0, data.resolution // 8, generator))[1]
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         optimizer.zero_grad(set_to_none=True)

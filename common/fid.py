@@ -30,7 +30,8 @@ from common.machinery.foreign import refusing
 from common.machinery.inception import EDM_REFERENCES, edm_reference, load_inception
 from common.machinery.options import cli, require, takes_gpu
 from common.machinery.ranks import gather_rows, rank_and_world, share_of, sum_over_ranks
-from common.machinery.run import pick_device, tf32
+from common.machinery.run import pick_device
+from common.precision import tf32
 
 # -------------------------------------------------------------------------------- the distance
 

@@ -16,6 +16,7 @@ the device allows.
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import statistics
@@ -47,12 +48,23 @@ from common.datasets import Stream, load_dataset, to_float  # noqa: E402
 from common.diffusion import Denoiser, noise_from_seeds, sigma_grid  # noqa: E402
 from common.fid import frechet_distance  # noqa: E402
 from common.machinery.run import Run, pick_device  # noqa: E402
+from common.precision import autocast, has_bf16  # noqa: E402
 from common.solvers import SOLVERS, TWO_EVALUATIONS, steps_for  # noqa: E402
 from common.teacher import edm_loss, load_teacher  # noqa: E402
 
 FULL = functools.partial(unet.ddpmpp, 32, 3)  # CIFAR-10's DDPM++: 55.7 M parameters
 SMALL = dict(model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])
 TINY = functools.partial(unet.ddpmpp, 16, 3, **SMALL)
+LAYOUTS = {  # batches of the part `layout`
+    "digits": 128, "mnist": 64, "cifar10": 64, "64 channels at 16x16": 64, "DDPM++ of CIFAR-10": 4,
+}
+WIDE = {
+    "64 channels at 16x16": functools.partial(
+        unet.ddpmpp, 16, 12, model_channels=64, channel_mult=[1, 2], num_blocks=1,
+        attn_resolutions=[8],
+    ),
+    "DDPM++ of CIFAR-10": FULL,
+}
 NETWORKS = {
     "NCSN++ of CIFAR-10": functools.partial(unet.ncsnpp, 32, 3),
     "tiny": functools.partial(unet.ncsnpp, 16, 3, **SMALL),
@@ -151,9 +163,15 @@ UNETS = {  # channels, size, widths, blocks, resolutions with attention; batch
 }
 
 
+PRECISIONS = [  # whether ours, and theirs, runs under bfloat16 autocast
+    ("", False, False), (", both bf16", True, True), (", bf16 / fp32", True, False),
+]
+
+
 def unets(device, names=tuple(UNETS), repeats=9):
     """Forward, and forward and backward, beside diffusers' UNet2DModel: time per FLOP."""
     head("U-Net / diffusers, time per FLOP")
+    precisions = PRECISIONS if has_bf16(device) else PRECISIONS[:1]
     for name in names:
         channels, size, widths, blocks, attention, batch = UNETS[name]
         shape, base = (channels, size, size), min(widths[0], 128)
@@ -169,21 +187,24 @@ def unets(device, names=tuple(UNETS), repeats=9):
         print(f"  {name}: {about[0]} an image; diffusers {about[1]}")
         x, t = torch.randn(batch, *shape, device=device), torch.ones(batch, device=device)
 
-        def forward(net, x=x, t=t):
-            with torch.no_grad():
+        def forward(net, bf16, x=x, t=t):
+            with torch.no_grad(), autocast(device, bf16):
                 net(x, t)
 
-        def backward(net, x=x, t=t):
-            out = net(x, t)
-            getattr(out, "sample", out).square().mean().backward()
+        def backward(net, bf16, x=x, t=t):
+            with autocast(device, bf16):
+                out = net(x, t)
+            getattr(out, "sample", out).float().square().mean().backward()
 
-        for kind, run, passes in (("forward", forward, 1), ("+ backward", backward, 3)):
-            calls = [functools.partial(run, net) for net in nets]
+        kinds = (("forward", forward, 1), ("+ backward", backward, 3))
+        for (what, *bf16), (kind, run, passes) in itertools.product(precisions, kinds):
+            calls = [functools.partial(run, net, low) for net, low in zip(nets, bf16)]
             ratios, took = compare(*calls, repeats, costs[1] / costs[0])
-            rate = matmul_rate(torch.float32, device, 1024)  # now: it drifts
+            dtype = torch.bfloat16 if bf16[0] else torch.float32
+            rate = matmul_rate(dtype, device, 1024)  # now: it drifts
             share = passes * batch * costs[0] / took / rate
             limit = f"{100 * share:.0f} % of a product's {rate / 1e9:.0f} GFLOP/s"
-            show(f"{name}, batch {batch}, {kind}", ratios, limit)
+            show(f"{name}, batch {batch}, {kind}{what}", ratios, limit)
 
 
 SCHEDULERS = [
@@ -385,23 +406,31 @@ def methods(device, updates=12, budgets=(4, 6, 8, 10), **options):
         os.environ["FEWSTEP_CACHE"] = cache
 
 
-def layouts(device, batch=128, repeats=9):
-    """One training step's forward and backward pass of the digits teacher."""
-    x = noise_from_seeds(range(batch), (1, 8, 8), device).float()
-    head(f"forward + backward / float32, contiguous; digits, batch {batch}")
+def layouts(device, batches=None, repeats=9):
+    """Forward and backward pass of each shipped teacher, at the batch size of its training.
 
-    def step(teacher, dtype):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            teacher(x, 1.0).square().mean().backward()
+    As trained: float32, channels_last. And of CIFAR-10's network at full size, of 64 channels.
+    """
+    for name, batch in (batches or LAYOUTS).items():
+        head(f"forward + backward / float32, channels_last; {name}, batch {batch}")
+        make = WIDE.get(name) and functools.partial(random_denoiser, WIDE[name], device)
+        make = make or functools.partial(load_teacher, None, name, device)
+        x = noise_from_seeds(range(batch), make().net.img_shape, device).float()
+        labels = torch.arange(batch, device=device) % 10 if make().net.label_dim else None
 
-    base = None
-    for dtype in (torch.float32, torch.bfloat16):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            net = load_teacher(None, "digits", device).to(memory_format=layout)
-            call = functools.partial(step, net.requires_grad_(True), dtype)
-            base = base or call
-            ratios, took = compare(call, base, repeats)
-            show(f"{str(dtype)[6:]}, {str(layout)[6:]}", ratios, f"{1000 * took:.1f} ms")
+        def step(teacher, dtype, x=x, labels=labels):
+            with autocast(device, dtype == torch.bfloat16):
+                out = teacher(x, 1.0, labels)
+            out.float().square().mean().backward()
+
+        base = None
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in (torch.channels_last, torch.contiguous_format):
+                net = make().to(memory_format=layout)
+                call = functools.partial(step, net.requires_grad_(True), dtype)
+                base = base or call
+                ratios, took = compare(call, base, repeats)
+                show(f"{str(dtype)[6:]}, {str(layout)[6:]}", ratios, f"{1000 * took:.1f} ms")
 
 
 # -------------------------------------------------------------- memory, in processes of their own
@@ -618,7 +647,7 @@ def tiny(device):
     streams(4, 8, 100, 2)
     few = dict(fit_n=8, fit_batch=8, reference_nfe=10)
     methods(device, 4, (4,), ld3=dict(batch_size=10, train_n=10, valid_n=2), dode=few)
-    layouts(device, 4, 2)
+    layouts(device, {"digits": 4}, 2)
     ld3_memory(4, (4,))
     gdd_freezing([("digits", 4), ("tiny", 2)])
     training_steps(device, TINY, (4,), 256, 2, "aot_eager")  # no C++ compiler

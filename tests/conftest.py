@@ -29,6 +29,12 @@ def tiny(tmp_path_factory):
     return tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny.safetensors")
 
 
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch):
+    """No test depends on which precision this machine is faster in; test_precision.py asks."""
+    monkeypatch.setattr("common.precision.has_bf16", lambda device: False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_machine(tmp_path_factory):
     torch.set_num_threads(1)

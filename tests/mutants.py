@@ -61,6 +61,8 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
     ("common/unet.py", "test_unet"): [
         ("(1 + scale)", "(1 - scale)"),
         ("emb = emb + self.map_augment(", "emb = emb - self.map_augment("),
+        ("y = not_bfloat16_on_cpu(attention, qkv)", "y = attention(qkv)"),
+        ('    with torch.autocast("cpu", enabled=False):\n', "    if True:\n"),
     ],
     ("common/datasets.py", "test_datasets"): [
         ("return images.float() / 127.5 - 1", "return images.float() / 128 - 1"),
@@ -222,8 +224,18 @@ FAULTS = {  # (file, its tests): [(good, bad), ...]
         ("(n, *shape, device=self.device)[share_of(n)]", "(n, *shape, device=self.device)"),
         ('self.done = self.restored["step"]', "pass"),
     ],
-    ("common/machinery/run.py", "test_fid"): [
+    ("common/precision.py", "test_fid"): [
         ("        convolution.allow_tf32 = product.allow_tf32 = False\n", "        pass\n"),
+    ],
+    ("common/precision.py", "test_precision"): [
+        ("    if not has_bf16(device):\n", "    if False:\n"),
+        ("min(seconds[1:])", "min(seconds)"),
+        ("with torch.random.fork_rng(devices=[]), autocast", "with autocast"),
+        ("0.9 * fp32", "fp32"),
+    ],
+    ("common/machinery/run.py", "test_precision"): [
+        ('self.restored["bf16"] if self.restored else None', "None"),
+        ("if b is None else b[:at_most]", "if b is None else b"),
     ],
     ("common/machinery/ranks.py", "test_ranks"): [
         ("hash((rank, *key))", "hash(key)"),

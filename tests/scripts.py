@@ -141,6 +141,5 @@ def calls_under_bfloat16(monkeypatch, owner, *names):
 
     for name in names:
         monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
-    bfloat16 = torch.autocast("cpu", torch.bfloat16)
-    monkeypatch.setattr(run_module, "autocast", lambda device: bfloat16)
+    monkeypatch.setattr(run_module, "chosen_precision", lambda *about: (True, "bf16"))
     return seen

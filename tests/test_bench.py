@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from common.precision import has_bf16
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -21,6 +23,7 @@ def test_every_part_of_the_bench_runs():
     share = r"\d+ % of a product's \d+ GFLOP/s"
     for pattern, count in (
         (rf"^  digits, batch 128, (forward|\+ backward) {ratios} +{share}$", 2),
+        (rf"^  digits, .*(both bf16|bf16 / fp32) {ratios} +{share}$", 4 * has_bf16("cpu")),
         (rf"^  (euler|heun|ipndm|dpmpp|dpm2|deis|unipc)\d? {ratios} +[\d.]+ copies", 8),
         (rf"^  16 features {ratios} +[\d.]+ such products; differs by \de-1\d", 1),
         (rf"^  \(3, 8, 8\), flips {ratios} ", 1),

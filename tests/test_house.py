@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("ld3", "dode", "progressive", "cfd", "cud", "distributional")
 MATHEMATICS = ("diffusion", "solvers", "unet")
-LIMITS = {"common": 1900, "common/machinery": 1750}  # lines of code in all
+LIMITS = {"common": 1950, "common/machinery": 1750}  # lines of code in all
 NO_CODE = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")
 SOURCES = [ROOT / f"{name}.py" for name in SCRIPTS] + sorted((ROOT / "common").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

@@ -65,8 +65,8 @@ def test_a_run_leaves_its_metrics_and_its_log(tmp_path, capsys, monkeypatch):
     run.finish(rows, extra=1)
     metrics = json.loads((run.out / "metrics.json").read_text())
     assert list(metrics) == [
-        *("method", "dataset", "teacher", "seed", "command", "commit", "device", "versions"),
-        "config",
+        *("method", "dataset", "teacher", "seed", "command", "commit", "device", "bf16"),
+        *("versions", "config"),
         *("seconds", "peak_memory_mb", "results", "extra"),
     ]
     assert (metrics["method"], metrics["dataset"], metrics["seed"]) == ("method", "digits", 3)
@@ -703,10 +703,10 @@ def test_odd_machines(tmp_path):
 # ----------------------------------------------------------------------------- gradients
 
 
-def run_in_parts(tmp_path, at_most=None):
+def run_in_parts(tmp_path, at_most=None, precision="fp32"):
     """A Run with --batch-per-gpu `at_most`."""
     config = Config(out=str(tmp_path))
-    config.batch_per_gpu = at_most
+    config.batch_per_gpu, config.precision = at_most, precision
     return Run("method", config)
 
 
@@ -772,10 +772,10 @@ def test_a_gradient_that_is_not_finite_makes_the_loss_nan(tmp_path, value, at_mo
     assert run.backward(optimizer, loss_fn, rows).item() == pytest.approx(7 / 3)
 
 
-def test_autocast_is_asked_for_unless_a_loss_needs_float32(tmp_path, monkeypatch):
-    monkeypatch.setattr(machinery, "autocast", lambda d: torch.autocast("cpu", torch.bfloat16))
+def test_autocast_is_asked_for_unless_a_loss_needs_float32(tmp_path):
     net, seen = nn.Linear(2, 1), []
-    run, optimizer = run_in_parts(tmp_path), torch.optim.SGD(net.parameters(), lr=1)
+    run = run_in_parts(tmp_path, precision="bf16")
+    optimizer = torch.optim.SGD(net.parameters(), lr=1)
 
     def loss_fn(x):
         seen.append(net(x).dtype)

@@ -415,6 +415,25 @@ def test_bfloat16_autocast_and_channels_last(name):
     )
 
 
+@pytest.mark.parametrize("name", ["ncsnpp_cond", "adm_cond"])
+def test_on_a_cpu_norms_resampling_and_attention_are_not_bfloat16(name, monkeypatch):
+    """They take several times as long in it; convolutions run in it."""
+    denoiser, _, g, conditions = golden_net(name)
+    seen = {}
+    for function in ("group_norm", "conv_transpose2d", "scaled_dot_product_attention", "conv2d"):
+        def spy(x, *rest, _plain=getattr(F, function), _name=function, **named):
+            out = _plain(x, *rest, **named)
+            kind = (_name, "resampling") if named.get("groups") else _name
+            seen.setdefault(kind, set()).add(out.dtype)
+            return out
+
+        monkeypatch.setattr(F, function, spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        denoiser.model(g["F_in_x"], g["F_in_noise"], **conditions)
+    assert seen.pop("conv2d") == {torch.bfloat16}
+    assert len(seen) == 4 and set.union(*seen.values()) == {torch.float32}
+
+
 @pytest.mark.parametrize("factory", [unet.ncsnpp, unet.adm])
 def test_compiles_as_one_graph(factory):
     options = TINY | dict(channel_mult=(1,) if factory is unet.adm else (1, 2))

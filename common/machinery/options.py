@@ -121,6 +121,9 @@ class TrainingOptions(Options):
     batch_per_gpu: int | None = option(None, "images of a micro-batch (default: all)", low=1)
     checkpoint: bool = option(False, "recompute blocks backward: less memory, a third more time")
     compile: bool = option(False, "torch.compile the networks")
+    precision: str = option(
+        "auto", "of passes in training; auto: the faster one", choices=("auto", "fp32", "bf16")
+    )
 
 
 @dataclasses.dataclass

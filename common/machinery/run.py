@@ -39,6 +39,7 @@ from common.machinery.options import DATASETS, cli, print_no_more
 from common.machinery.ranks import (
     average_gradients, masks_of_this_rank, rank_and_world, share_of, sum_over_ranks,
 )
+from common.precision import autocast, chosen_precision
 
 METRICS = ("fid", "kid", "fid_unseen", "fd", "inception_score", "precision", "recall")
 SHARED = {  # metrics whose feature space is kept under another's name
@@ -82,34 +83,12 @@ def pick_device(name="auto"):
     return device, f"device {device} ({why}{torch.cuda.get_device_name(device)})"
 
 
-def autocast(device):
-    """bfloat16 where a GPU has it. Not on the CPU: slower there for U-Nets of few channels."""
-    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_it)
-
-
 def name_of_data(config):
     """The data set's name; for a folder of images its own, as in `runs/ld3-cats`."""
     if config.dataset != "folder" or not config.data_dir:
         return config.dataset
     name = Path(config.data_dir).resolve().name.removesuffix(".zip")
     return f"folder-{name}" if name in DATASETS else name
-
-
-@contextlib.contextmanager
-def tf32():
-    """Products in TF32 where a GPU has it: for sampling, not for training or features.
-
-    Simulated (20 evaluations, inputs of all convolutions and of attention rounded to 10 bits):
-    images move by an RMSE of .0002 on digits and .0003 on MNIST; 19 evaluations instead of 20
-    move them by .010 and .005.
-    """
-    convolution, product = torch.backends.cudnn, torch.backends.cuda.matmul
-    convolution.allow_tf32 = product.allow_tf32 = True
-    try:
-        yield
-    finally:
-        convolution.allow_tf32 = product.allow_tf32 = False
 
 
 class Run:
@@ -138,6 +117,7 @@ class Run:
         self.references = {}  # see `common.fid.measure`
         self._enter()
         self.restored = self._checkpoint() if config.resume else self._nothing_is_lost()
+        self.bf16 = self.restored["bf16"] if self.restored else None  # chosen in `backward`
         self.log_mode = "a" if config.resume else "w"  # the first line replaces an old log
         self.earlier_seconds = self.restored["seconds"] if self.restored else 0.0
         self._sweep()
@@ -226,14 +206,21 @@ class Run:
         """New gradients for the optimizer's parameters; returns the mean loss of this rank's rows.
 
         loss_fn(*batch) is a mean over the rows of `batch`: tensors (B, ...), or None. It runs in
-        parts of --batch-per-gpu rows, under bfloat16 autocast where the GPU has it, and gradients
-        are averaged over the ranks. Where a gradient is not finite, so is the result.
+        parts of --batch-per-gpu rows, in bfloat16 if --precision says so and the loss allows it
+        (mixed_precision), and gradients are averaged over the ranks. Where a gradient is not
+        finite, so is the result.
         """
-        optimizer.zero_grad(set_to_none=False)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         rows = len(batch[0])
         at_most = self.config.batch_per_gpu or rows
-        cast = autocast(self.device) if mixed_precision else contextlib.nullcontext()
+        if mixed_precision and self.bf16 is None:
+            first = [None if b is None else b[:at_most] for b in batch]
+            passes = lambda: loss_fn(*first).backward(inputs=parameters)
+            bf16, why = chosen_precision(self.config, self.device, passes)
+            self.bf16 = bool(max(self._agree(bf16)))  # one for all ranks; resumed: the same
+            self.say(f"precision: {why}")
+        optimizer.zero_grad(set_to_none=False)
+        cast = autocast(self.device, mixed_precision and self.bf16)
         total = 0
         self.calls += 1
         with masks_of_this_rank(self.device, self.config.seed, self.done, self.calls):
@@ -401,7 +388,7 @@ class Run:
                 self.method,
                 {
                     "config": self._options(), "seconds": self.seconds(), "step": self.done,
-                    "rng": rng, "parts": state, "half_way": half_way,
+                    "rng": rng, "parts": state, "half_way": half_way, "bf16": self.bf16,
                 },
             )
 
@@ -441,6 +428,7 @@ class Run:
                 "command": command_line(),
                 "commit": commit(),
                 "device": self.about_device.removeprefix("device "),
+                "bf16": bool(self.bf16),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
                 "config": dataclasses.asdict(self.config),
                 "seconds": round(self.seconds(), 2),
