@@ -420,14 +420,18 @@ def test_on_a_cpu_norms_resampling_and_attention_are_not_bfloat16(name, monkeypa
     """They take several times as long in it; convolutions run in it."""
     denoiser, _, g, conditions = golden_net(name)
     seen = {}
-    for function in ("group_norm", "conv_transpose2d", "scaled_dot_product_attention", "conv2d"):
-        def spy(x, *rest, _plain=getattr(F, function), _name=function, **named):
-            out = _plain(x, *rest, **named)
-            kind = (_name, "resampling") if named.get("groups") else _name
+
+    def watch_dtype(name, plain):
+        def call(x, *rest, **named):
+            out = plain(x, *rest, **named)
+            kind = (name, "resampling") if named.get("groups") else name
             seen.setdefault(kind, set()).add(out.dtype)
             return out
 
-        monkeypatch.setattr(F, function, spy)
+        monkeypatch.setattr(F, name, call)
+
+    for name in ("group_norm", "conv_transpose2d", "scaled_dot_product_attention", "conv2d"):
+        watch_dtype(name, getattr(F, name))
     with torch.autocast("cpu", torch.bfloat16):
         denoiser.model(g["F_in_x"], g["F_in_noise"], **conditions)
     assert seen.pop("conv2d") == {torch.bfloat16}
