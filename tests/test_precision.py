@@ -24,7 +24,8 @@ class Clock:
 
     def __init__(self, monkeypatch, bf16, first=0):
         self.now, self.bf16, self.first, self.calls = 0.0, bf16, first, 0
-        monkeypatch.setattr(precision.time, "perf_counter", lambda: self.now)
+        clock = types.SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(precision, "time", clock)
         monkeypatch.setattr(precision, "has_bf16", lambda device: True)
 
     def passes(self):
@@ -80,6 +81,19 @@ def test_a_continued_run_repeats_the_choice_bitwise(tmp_path, monkeypatch, bf16)
     paths = (tmp_path / name / "checkpoint.pt" for name in ("whole", "cut", "other"))
     whole, cut, other = (load_checkpoint(path)["parts"] for path in paths)
     assert not differences(whole, cut) and differences(whole, other)
+
+
+def test_a_measurement_changes_nothing(tmp_path, monkeypatch):
+    """Not the random numbers of dropout, nor the gradients."""
+    train(tmp_path / "asked", steps=2, dropout=0.5, precision="fp32")
+    ticks = iter(range(100))  # to the power of 2: each call takes longer than the one before
+    clock = types.SimpleNamespace(perf_counter=lambda: next(ticks) ** 2)
+    monkeypatch.setattr(precision, "time", clock)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    train(tmp_path / "measured", steps=2, dropout=0.5)
+    paths = (tmp_path / name / "checkpoint.pt" for name in ("asked", "measured"))
+    asked, measured = (load_checkpoint(path)["parts"] for path in paths)
+    assert next(ticks) == 16 and not differences(asked, measured)
 
 
 def test_the_pass_that_is_measured_is_a_part_of_the_batch_and_leaves_no_gradient(
