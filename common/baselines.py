@@ -133,6 +133,8 @@ def check_stages(config):
     message = f"no such stage; choose from {', '.join(map(str, counts))}"
     for n in config.nfe:
         require(n in counts, "nfe", n, message)
+    message = "the loss is of small differences, which float32 alone resolves"
+    require(config.precision != "bf16", "precision", config.precision, message)
     return counts
 
 

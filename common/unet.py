@@ -197,8 +197,9 @@ class Block(nn.Module):
         """Self-attention over all pixels: (B, C, H, W) -> (B, C, H, W)."""
         qkv = self.qkv(self.norm2(x))  # (B, 3C, H, W), its channels ordered as (head, c, q|k|v)
         qkv = qkv.reshape(x.shape[0], self.heads, -1, 3, x.shape[2] * x.shape[3])
-        qkv = qkv.permute(3, 0, 1, 4, 2).contiguous()  # (3, B, heads, HW, C/heads), dense for
-        attention = lambda qkv: F.scaled_dot_product_attention(*qkv.unbind(0))  # fused kernels
+        qkv = qkv.permute(3, 0, 1, 4, 2)  # (3, B, heads, HW, C/heads)
+        qkv = qkv.contiguous()  # fused kernels need C/heads dense
+        attention = lambda qkv: F.scaled_dot_product_attention(*qkv.unbind(0))
         y = not_bfloat16_on_cpu(attention, qkv)  # (B, heads, HW, C/heads)
         return self.proj(y.transpose(2, 3).reshape(x.shape))
 

@@ -381,6 +381,7 @@ def test_pd_of_another_kind_is_refused(
         (["--beta", "-1"], ["--beta -1"]), (["--gamma", "1.5"], ["--gamma 1.5"]),
         (["--classifier", "clip"], ["classifier", "clip"]),
         (["--pd", "NOWHERE"], ["student-8.safetensors"]), (["--nfe", "5"], ["--nfe 5"]),
+        (["--precision", "bf16"], ["--precision bf16", "float32"]),
         (["--teacher", "FOREIGN"], ["foreign.pt"]),
         (["--dataset", "cifar10"], ["dataset", "cifar10"]), (["--resume"], ["checkpoint.pt"]),
     ],

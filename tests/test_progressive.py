@@ -595,6 +595,7 @@ def test_a_network_of_another_prediction_is_no_teacher(monkeypatch, tmp_path, ti
         (["--sigma-max", "0.4"], ["--sigma-max 0.4", "above 1"]),
         (["--sigma-max", "inf"], ["--sigma-max inf"]),
         (["--prediction", "score"], ["prediction", "score"]),
+        (["--precision", "bf16"], ["--precision bf16", "float32"]),
         (["--weight", "none"], ["weight", "none"]), (["--teacher", "FOREIGN"], ["foreign.pt"]),
         (["--dataset", "cifar10"], ["dataset", "cifar10"]), (["--resume"], ["checkpoint.pt"]),
         (["--device", "cuda:99"], ["--device cuda:99"]),

@@ -122,7 +122,7 @@ class TrainingOptions(Options):
     checkpoint: bool = option(False, "recompute blocks backward: less memory, a third more time")
     compile: bool = option(False, "torch.compile the networks")
     precision: str = option(
-        "auto", "of passes in training; auto: the faster one", choices=("auto", "fp32", "bf16")
+        "auto", "of network passes in training; auto: the faster", choices=("auto", "fp32", "bf16")
     )
 
 

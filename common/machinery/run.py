@@ -117,7 +117,7 @@ class Run:
         self.references = {}  # see `common.fid.measure`
         self._enter()
         self.restored = self._checkpoint() if config.resume else self._nothing_is_lost()
-        self.bf16 = self.restored["bf16"] if self.restored else None  # chosen in `backward`
+        self.bf16 = self.restored and self.restored.get("bf16")  # chosen in `backward`
         self.log_mode = "a" if config.resume else "w"  # the first line replaces an old log
         self.earlier_seconds = self.restored["seconds"] if self.restored else 0.0
         self._sweep()
@@ -344,7 +344,7 @@ class Run:
         state = load_checkpoint(path)
         if state["fewstep"] != self.method:
             raise UsageError(f"--resume: {path} belongs to {state['fewstep']}, not {self.method}")
-        kinds = {"config": dict, "parts": dict, "rng": dict, "seconds": float, "step": int}
+        kinds = dict(config=dict, parts=dict, rng=dict, seconds=float, step=int, bf16=bool | None)
         for name, kind in kinds.items():
             if not isinstance(state.get(name), kind):
                 raise UsageError(f"--resume: {path} has no usable {name!r}")
