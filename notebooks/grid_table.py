@@ -1,7 +1,7 @@
 """Every solver on every hand-made time grid: what costs nothing, measured.
 
     python notebooks/grid_table.py                                  # digits: 25 minutes of a core
-    python notebooks/grid_table.py --dataset mnist --data-dir DIR   # 25 minutes of a core
+    python notebooks/grid_table.py --dataset mnist --data-dir DIR   # an hour of a core
     python notebooks/grid_table.py --keep                           # also keep the table
 
 The images of the seeds 0, 1, 2, ... of every cell (solver, grid, network evaluations) are compared
@@ -11,10 +11,9 @@ evaluations a step, so that odd counts are not theirs. With one evaluation all s
 are the same: DDIM's one step stands for all.
 
 A cell is measured once: a run that was stopped goes on, and one with more solvers, grids or counts
-measures those. The kept table of digits is full, the others are not. MNIST: UniPC-3 on all grids
-with up to 8 evaluations (with 10: cosine, vp), iPNDM with 2, 3 and 8 and DPM-Solver++ with 4 and
-5 on cosine or vp. CIFAR-10: UniPC-3 on all grids, up to 8 evaluations; on logsnr, edm, cosine
-and vp all solvers with 2 and 4, the better ones with 3, 5 and 8.
+measures those. The kept tables of digits and MNIST are full, CIFAR-10's is not: UniPC-3 on all
+grids, up to 8 evaluations; on logsnr, edm, cosine and vp all solvers with 2 and 4, the better ones
+with 3, 5 and 8.
 
 --keep writes notebooks/results/DATASET-grids/metrics.json, and the pair of lowest FID* at each
 count into common/assets/untrained.json, which every script compares itself with.
@@ -105,8 +104,8 @@ def best_by_count(rows):
     best = {}
     for nfe in sorted({row["nfe"] for row in rows if "grid" in row}):
         candidates = [row for row in rows if row["nfe"] == nfe and "grid" in row]
-        # With one evaluation all grids are equal.
-        best[nfe] = min(candidates, key=lambda row: (row["fid"], row["grid"] != "cosine"))
+        # With one evaluation all grids are equal, but for rounding on different machines.
+        best[nfe] = min(candidates, key=lambda row: (round(row["fid"], 9), row["grid"] != "cosine"))
     return best
 
 
