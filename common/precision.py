@@ -26,8 +26,8 @@ def chosen_precision(config, device, passes, repeats=3):
     """--precision: whether to train in bfloat16, and what was chosen and why, for the log.
 
     auto, on a GPU: bf16 if it has it. On a CPU that has it: bf16 if `passes()`, a step's forward
-    and backward pass, takes a tenth less time in it; the least of `repeats` calls counts, which
-    alternate after one of each that does not. The random numbers that they draw (dropout) are
+    and backward pass, takes a tenth less time in it: the least of `repeats` calls, which alternate
+    after one of each that does not count. The random numbers that they draw (dropout) are
     drawn again by the step. Under --smoke nothing is measured.
     """
     if config.precision != "auto":

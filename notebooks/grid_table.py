@@ -104,8 +104,8 @@ def best_by_count(rows):
     best = {}
     for nfe in sorted({row["nfe"] for row in rows if "grid" in row}):
         candidates = [row for row in rows if row["nfe"] == nfe and "grid" in row]
-        # With one evaluation all grids are equal, but for rounding on different machines.
-        best[nfe] = min(candidates, key=lambda row: (round(row["fid"], 9), row["grid"] != "cosine"))
+        # With one evaluation all grids are equal.
+        best[nfe] = min(candidates, key=lambda row: (row["fid"], row["grid"] != "cosine"))
     return best
 
 

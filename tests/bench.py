@@ -15,6 +15,7 @@ the device allows.
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 import os
@@ -161,8 +162,6 @@ UNETS = {  # channels, size, widths, blocks, resolutions with attention; batch
     "mnist": (1, 28, (16, 32, 64), 2, (7,), 32),
     "cifar10": (3, 32, (256, 256, 256), 4, (16,), 2),
 }
-
-
 PRECISIONS = [  # whether ours, and theirs, runs under bfloat16 autocast
     ("", False, False), (", both bf16", True, True), (", bf16 / fp32", True, False),
 ]
@@ -413,10 +412,10 @@ def layouts(device, batches=None, repeats=9):
     """
     for name, batch in (batches or LAYOUTS).items():
         head(f"forward + backward / float32, channels_last; {name}, batch {batch}")
-        make = WIDE.get(name) and functools.partial(random_denoiser, WIDE[name], device)
-        make = make or functools.partial(load_teacher, None, name, device)
-        x = noise_from_seeds(range(batch), make().net.img_shape, device).float()
-        labels = torch.arange(batch, device=device) % 10 if make().net.label_dim else None
+        wide = name in WIDE
+        net = random_denoiser(WIDE[name], device) if wide else load_teacher(None, name, device)
+        x = noise_from_seeds(range(batch), net.net.img_shape, device).float()
+        labels = torch.arange(batch, device=device) % 10 if net.net.label_dim else None
 
         def step(teacher, dtype, x=x, labels=labels):
             with autocast(device, dtype == torch.bfloat16):
@@ -426,8 +425,8 @@ def layouts(device, batches=None, repeats=9):
         base = None
         for dtype in (torch.float32, torch.bfloat16):
             for layout in (torch.channels_last, torch.contiguous_format):
-                net = make().to(memory_format=layout)
-                call = functools.partial(step, net.requires_grad_(True), dtype)
+                other = copy.deepcopy(net).to(memory_format=layout).requires_grad_(True)
+                call = functools.partial(step, other, dtype)
                 base = base or call
                 ratios, took = compare(call, base, repeats)
                 show(f"{str(dtype)[6:]}, {str(layout)[6:]}", ratios, f"{1000 * took:.1f} ms")
@@ -563,7 +562,7 @@ def training_steps(
             loss_fn = functools.partial(edm_loss, denoiser, x0, noise, sigma)
 
             def step(loss_fn=loss_fn, optimizer=optimizer, dtype=dtype):
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                with autocast(device, dtype == torch.bfloat16):
                     loss = loss_fn()
                 optimizer.zero_grad()
                 loss.backward()
