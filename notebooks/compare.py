@@ -220,7 +220,8 @@ def draw(out, dataset, space, rows):
         if line in cells:
             with np.load(out / row["run"] / "samples.npz") as file:
                 images = file[f"{row['name']}, NFE {nfe}"]
-            cells[line][column] = images, ": ".join([*caption, f"FID {row['fid']:.3g}"])
+            metric = "FID" if row["fid_features"] == "inception" else "FID*"
+            cells[line][column] = images, ": ".join([*caption, f"{metric} {row['fid']:.3g}"])
     columns = [f"NFE {n}" for n in COUNTS] + [BEST] * any(BEST in row for row in cells.values())
     cells = {label: row for label, row in cells.items() if row}
     save_comparison(out / "samples.png", cells, columns, f"{dataset}: the same noise everywhere")
