@@ -2,10 +2,11 @@
 
     python notebooks/teacher_quality.py --dataset mnist --data-dir DIR
 
-Against the training images: FID in the features of two classifiers, precision and recall. A third
-classifier, of another seed, says how many samples are clearly of one class, and of a conditional
-teacher how many are of the class that was asked for. Leaves quality.json and nearest.png: 64
-samples, and below each the training image nearest to it (2-norm of pixels).
+Against the training images: FID and KID in the features of two classifiers, with --fd also in those
+of EfficientNet-Lite0, precision and recall. A third classifier, of another seed, says how many
+samples are clearly of one class, and of a conditional teacher how many are of the class that was
+asked for. Leaves quality.json and nearest.png: 64 samples, and below each the training image
+nearest to it (2-norm of pixels).
 """
 import sys
 import time
@@ -25,6 +26,7 @@ from common.fid import (
     Metrics,
     classifier_features,
     features_of,
+    imagenet_features,
     labels_for,
     reference_moments,
 )
@@ -45,6 +47,7 @@ class Config:
     teacher: str | None = option(None, "teacher checkpoint (default: the data set's own)")
     n: int = option(10_000, "samples", low=100)
     batch: int = option(32, "images per batch while sampling", low=1)
+    fd: bool = option(False, "also fd: distance in ImageNet features of EfficientNet-Lite0")
     device: str = option("auto", "auto, cpu or cuda")
     out: str = option("notebooks/results/mnist-teacher", "where the results go")
 
@@ -79,10 +82,12 @@ def main():
     device, why = pick_device(config.device)
     print(why)
     dataset, data_dir = config.dataset, config.data_dir
-    evaluator, unseen = (
-        Evaluator(space, reference_moments(dataset, space, data_dir)[:2])
-        for space in (classifier_features(dataset, device, data_dir, seed=k) for k in (0, 1))
+    spaces = [classifier_features(dataset, device, data_dir, seed=k) for k in (0, 1)]
+    spaces += [imagenet_features(device)] if config.fd else []
+    evaluator, unseen, *imagenet = (
+        Evaluator(space, reference_moments(dataset, space, data_dir)) for space in spaces
     )
+    evaluator.imagenet = imagenet[0] if imagenet else None
     independent = load_classifier(dataset, device, INDEPENDENT, data_dir)
     train = load_dataset(dataset, "train", data_dir).images
     unseen.real = features_of(evenly(train, 10_000), unseen.extractor)

@@ -88,5 +88,5 @@ def test_the_quality_of_the_digits_teacher(tmp_path, monkeypatch):
     assert (samples["fid_n"], test["fid_n"]) == (200, 200) and (out / "nearest.png").exists()
     for row in (samples, test):
         assert row["precision"] > 0.7 and row["recall"] > 0.7 and row["confident"] > 0.8
-        assert 0 < row["fid"] < 2
+        assert 0 < row["fid"] < 2 and abs(row["kid"]) < 0.1 > abs(row["kid_unseen"])
     assert test["own_class"] > 0.9 and "own_class" not in samples  # the teacher knows no classes
