@@ -20,7 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from common.diffusion import GRIDS  # noqa: E402
 from common.machinery.run import METRICS, table  # noqa: E402
 import losses  # noqa: E402
-from compare import COUNTS  # noqa: E402
+from compare import COUNTS, collect, markdown as compared  # noqa: E402
 from grid_table import best_by_count  # noqa: E402
 
 
@@ -67,14 +67,24 @@ def both(runs, name, nfe):
 
 def teacher(dataset):
     quality, = read(f"{dataset}-teacher") or [{"results": []}]
-    rows, shares = [], ["precision", "recall", "confident"]
-    if any("own_class" in row for row in quality["results"]):
-        shares.append("own_class")
+    heads = {"fid": "FID\\*", "fid_unseen": "unseen", "fd": "fd [lite0]"}
+    heads |= {"kid": "KID\\*", "kid_fd": "KID [lite0]"}
+    measured = {key for row in quality["results"] for key in row}
+    shares = [key for key in ("precision", "recall", "confident", "own_class") if key in measured]
+    heads = {key: head for key, head in heads.items() if key in measured}
+    rows = []
     for row in quality["results"]:
-        fids = [number(row[key]) for key in ("fid", "fid_unseen")]
-        rows.append([row["name"], row["fid_n"], *fids, *(f"{row[key]:.3f}" for key in shares)])
-    head = ["", "n", "FID\\*", "unseen", *(share.replace("_", " ") for share in shares)]
+        cells = [_with_error(row, key) for key in heads]
+        rows.append([row["name"], row["fid_n"], *cells, *(f"{row[key]:.3f}" for key in shares)])
+    head = ["", "n", *heads.values(), *(share.replace("_", " ") for share in shares)]
     return markdown(head, rows)
+
+
+def _with_error(row, key):
+    """A FID, or a KID and its standard error."""
+    if not key.startswith("kid"):
+        return number(row[key])
+    return f"{row[key]:.4f} ± {row[key + '_se']:.4f}"
 
 
 def ld3_row(label, runs, nfe):
@@ -268,6 +278,15 @@ def gdd(dataset):
     return markdown(["", "evaluations", "FID\\* / unseen", "precision", "recall"], rows)
 
 
+def six(dataset, seed):
+    """All six methods at COUNTS, as notebooks/compare.py shows them, of runs of one seed."""
+    folders = {"distributional": "gdd", "dode": "dode-counts"}
+    folders |= {name: name for name in ("progressive", "cfd", "cud")}
+    folders |= {f"ld3-{nfe}": f"ld3-unipc-nfe{nfe}-seed{seed}" for nfe in COUNTS[1:]}
+    runs = {name: read(f"{dataset}-{folder}") for name, folder in folders.items()}
+    return compared(collect({name: found[0] for name, found in runs.items() if found})).strip()
+
+
 def composing_runs():
     """{methods: {(variant, NFE): the rows of its seeds}} of notebooks/composing.py."""
     groups, newer = {}, measured_since()
@@ -444,6 +463,7 @@ TABLES = {
     "mnist_pd_cfd": partial(pd_cfd, "mnist", 300, 500),
     "mnist_cud": partial(cud, "mnist"),
     "mnist_gdd": partial(gdd, "mnist"),
+    "cifar10_six": partial(six, "cifar10", 21),
     "cifar10_teacher": partial(teacher, "cifar10"),
     "cifar10_grids": partial(grids, "cifar10"),
     "cifar10_ld3": partial(ld3, "cifar10"),
