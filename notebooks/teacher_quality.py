@@ -82,12 +82,15 @@ def main():
     device, why = pick_device(config.device)
     print(why)
     dataset, data_dir = config.dataset, config.data_dir
-    spaces = [classifier_features(dataset, device, data_dir, seed=k) for k in (0, 1)]
-    spaces += [imagenet_features(device)] if config.fd else []
-    evaluator, unseen, *imagenet = (
-        Evaluator(space, reference_moments(dataset, space, data_dir)) for space in spaces
+
+    def evaluator_of(space):
+        return Evaluator(space, reference_moments(dataset, space, data_dir))
+
+    imagenet = evaluator_of(imagenet_features(device)) if config.fd else None
+    evaluator, unseen = (
+        evaluator_of(classifier_features(dataset, device, data_dir, seed=k)) for k in (0, 1)
     )
-    evaluator.imagenet = imagenet[0] if imagenet else None
+    evaluator.imagenet = imagenet
     independent = load_classifier(dataset, device, INDEPENDENT, data_dir)
     train = load_dataset(dataset, "train", data_dir).images
     unseen.real = features_of(evenly(train, 10_000), unseen.extractor)
